@@ -1,0 +1,85 @@
+package backend
+
+import (
+	"math/bits"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+// A Buffer is page-aligned memory outside Go's heap, so that a module in C may
+// be given it without the checks that cgo makes on Go's pointers. It has one
+// owner at a time, who calls Release.
+type Buffer struct {
+	B     []byte // as long as its size class, at least what was asked for
+	class int
+}
+
+const (
+	minBufferShift = 16 // 64 KiB
+	maxBufferShift = 27 // 128 MiB: a request of 64 MiB with its header
+	// keptBytes bounds the memory that is kept of each class for later use.
+	// The class is emptied last in, first out: what was used last is still in
+	// the processor's cache.
+	keptBytes = 16 << 20
+)
+
+type bufferClass struct {
+	mu   sync.Mutex
+	free []*Buffer
+}
+
+var (
+	bufferClasses [maxBufferShift + 1]bufferClass
+	buffersInUse  atomic.Int64
+)
+
+// GetBuffer returns a buffer of at least n bytes; n is at most 128 MiB. Its
+// content is whatever the last owner left there. An error means that the system
+// has no memory left.
+func GetBuffer(n int) (*Buffer, error) {
+	class := max(minBufferShift, bits.Len(uint(max(n, 1)-1)))
+	if class > maxBufferShift {
+		return nil, unix.ENOMEM
+	}
+	c := &bufferClasses[class]
+	c.mu.Lock()
+	if i := len(c.free) - 1; i >= 0 {
+		b := c.free[i]
+		c.free = c.free[:i]
+		c.mu.Unlock()
+		buffersInUse.Add(1)
+		return b, nil
+	}
+	c.mu.Unlock()
+	m, err := unix.Mmap(-1, 0, 1<<class, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
+	if err != nil {
+		return nil, err
+	}
+	buffersInUse.Add(1)
+	return &Buffer{B: m, class: class}, nil
+}
+
+// Release gives the buffer back. A nil buffer is allowed.
+func (b *Buffer) Release() {
+	if b == nil {
+		return
+	}
+	buffersInUse.Add(-1)
+	c := &bufferClasses[b.class]
+	c.mu.Lock()
+	if (len(c.free)+1)<<b.class <= keptBytes {
+		c.free = append(c.free, b)
+		b = nil
+	}
+	c.mu.Unlock()
+	if b != nil {
+		// Unmapping what was mapped cannot fail.
+		_ = unix.Munmap(b.B)
+	}
+}
+
+// BuffersInUse is how many buffers have an owner. It is 0 when the server is
+// idle; a test holds it to that.
+func BuffersInUse() int64 { return buffersInUse.Load() }

@@ -1,0 +1,266 @@
+package backend
+
+import (
+	"errors"
+	"syscall"
+)
+
+// The data calls of a session. Each checks its range first: a request from the
+// network has been checked by the server, but one from a filter has not.
+
+func (s *Session) traceData(c *Call, format string, args ...any) {
+	c.tracef(format, append([]any{s.module.Name()}, args...)...)
+}
+
+func (s *Session) tracing(c *Call) bool { return s.chain.trace.Data && c.tracing() }
+
+// check refuses what lies outside the export.
+func (s *Session) check(c *Call, op Callback, n, off uint64) error {
+	size, err := s.Size(c)
+	if err != nil {
+		return err
+	}
+	if off > size || n > size-off {
+		return s.errorf(c, op, syscall.EINVAL, "got offset %d and count %d: need a range within the %d bytes of the export", off, n, size)
+	}
+	return nil
+}
+
+// need refuses an operation that the session has not got.
+func (s *Session) need(c *Call, op, cb Callback) error {
+	n, err := s.ask(c, cb)
+	if err == nil && n == 0 {
+		errno := syscall.EOPNOTSUPP
+		if cb == CanWrite {
+			errno = syscall.EROFS
+		}
+		return s.errorf(c, op, errno, "not supported here: %s is false", cb)
+	}
+	return err
+}
+
+// Pread reads len(p) bytes at off into p.
+func (s *Session) Pread(c *Call, p []byte, off uint64) error {
+	if s.tracing(c) {
+		s.traceData(c, "%s: pread count=%d offset=%d", len(p), off)
+	}
+	if err := s.check(c, Pread, uint64(len(p)), off); err != nil {
+		return err
+	}
+	return s.handle.Pread(c, p, off)
+}
+
+// Pwrite writes p at off. With FUA it returns when the data is on permanent
+// storage.
+func (s *Session) Pwrite(c *Call, p []byte, off uint64, flags Flags) error {
+	if s.tracing(c) {
+		s.traceData(c, "%s: pwrite count=%d offset=%d fua=%d", len(p), off, digit(flags&FUA != 0))
+	}
+	if err := s.check(c, Pwrite, uint64(len(p)), off); err != nil {
+		return err
+	}
+	if err := s.need(c, Pwrite, CanWrite); err != nil {
+		return err
+	}
+	flags, flush, err := s.emulateFUA(c, flags)
+	if err == nil {
+		err = s.pwrite(c, p, off, flags)
+	}
+	return s.thenFlush(c, flush, err)
+}
+
+func (s *Session) pwrite(c *Call, p []byte, off uint64, flags Flags) error {
+	if !s.module.Has(Pwrite) {
+		return s.errorf(c, Pwrite, syscall.EROFS, "not supported here: the module has no pwrite")
+	}
+	return s.handle.Pwrite(c, p, off, flags)
+}
+
+// emulateFUA takes FUA out of flags where the module does not know it; flush is
+// true where a flush after the call takes its place.
+func (s *Session) emulateFUA(c *Call, flags Flags) (_ Flags, flush bool, err error) {
+	if flags&FUA == 0 {
+		return flags, false, nil
+	}
+	fua, err := s.ask(c, CanFUA)
+	if err != nil || fua == Native {
+		return flags, false, err
+	}
+	return flags &^ FUA, true, nil
+}
+
+// thenFlush flushes after a call that succeeded, where FUA is emulated.
+func (s *Session) thenFlush(c *Call, flush bool, err error) error {
+	if !flush || err != nil {
+		return err
+	}
+	return s.flush(c)
+}
+
+// Flush returns when all that was written before is on permanent storage.
+func (s *Session) Flush(c *Call) error {
+	if s.tracing(c) {
+		s.traceData(c, "%s: flush")
+	}
+	if err := s.need(c, Flush, CanFlush); err != nil {
+		return err
+	}
+	return s.flush(c)
+}
+
+// flush is also called where can_flush is false but FUA is emulated
+// (nbdkit-plugin(3), can_fua).
+func (s *Session) flush(c *Call) error {
+	if !s.module.Has(Flush) {
+		return s.errorf(c, Flush, syscall.EINVAL, "not supported here: the module has no flush")
+	}
+	return s.handle.Flush(c)
+}
+
+// Trim tells the module that n bytes at off are not needed.
+func (s *Session) Trim(c *Call, n uint32, off uint64, flags Flags) error {
+	if s.tracing(c) {
+		s.traceData(c, "%s: trim count=%d offset=%d fua=%d", n, off, digit(flags&FUA != 0))
+	}
+	if err := s.check(c, Trim, uint64(n), off); err != nil {
+		return err
+	}
+	if err := s.need(c, Trim, CanTrim); err != nil {
+		return err
+	}
+	if !s.module.Has(Trim) {
+		return s.errorf(c, Trim, syscall.EINVAL, "not supported here: the module has no trim")
+	}
+	flags, flush, err := s.emulateFUA(c, flags)
+	if err == nil {
+		err = s.handle.Trim(c, n, off, flags)
+	}
+	return s.thenFlush(c, flush, err)
+}
+
+// Zero writes n zeroes at off: with the module's .zero, or with .pwrite where
+// there is none or it says ENOTSUP or EOPNOTSUPP. With FastZero it fails with
+// EOPNOTSUPP instead of using .pwrite.
+func (s *Session) Zero(c *Call, n uint32, off uint64, flags Flags) error {
+	if s.tracing(c) {
+		s.traceData(c, "%s: zero count=%d offset=%d may_trim=%d fua=%d fast=%d",
+			n, off, digit(flags&MayTrim != 0), digit(flags&FUA != 0), digit(flags&FastZero != 0))
+	}
+	if err := s.check(c, Zero, uint64(n), off); err != nil {
+		return err
+	}
+	if err := s.need(c, Zero, CanZero); err != nil {
+		return err
+	}
+	flags, flush, err := s.emulateFUA(c, flags)
+	if err == nil {
+		err = s.zero(c, n, off, flags)
+	}
+	return s.thenFlush(c, flush, err)
+}
+
+func (s *Session) zero(c *Call, n uint32, off uint64, flags Flags) error {
+	mode, err := s.ask(c, CanZero)
+	if err != nil {
+		return err
+	}
+	if mode == Native && s.module.Has(Zero) {
+		err := s.handle.Zero(c, n, off, flags)
+		if err == nil || !errors.Is(err, syscall.EOPNOTSUPP) { // which is ENOTSUP too
+			return err
+		}
+	}
+	if flags&FastZero != 0 {
+		return s.errorf(c, Zero, syscall.EOPNOTSUPP, "zeroes would have to be written one by one, which is not fast")
+	}
+	flags &= FUA
+	return s.bounce(n, func(p []byte, done uint32) error {
+		if done == 0 {
+			clear(p) // the pieces that follow are no longer than the first
+		}
+		return s.pwrite(c, p, off+uint64(done), flags)
+	})
+}
+
+// Cache tells the module that n bytes at off will be wanted.
+func (s *Session) Cache(c *Call, n uint32, off uint64) error {
+	if s.tracing(c) {
+		s.traceData(c, "%s: cache count=%d offset=%d", n, off)
+	}
+	if err := s.check(c, Cache, uint64(n), off); err != nil {
+		return err
+	}
+	if err := s.need(c, Cache, CanCache); err != nil {
+		return err
+	}
+	mode, err := s.ask(c, CanCache)
+	switch {
+	case err != nil:
+		return err
+	case mode == Emulate:
+		return s.bounce(n, func(p []byte, done uint32) error {
+			return s.handle.Pread(c, p, off+uint64(done))
+		})
+	case !s.module.Has(Cache):
+		return nil
+	}
+	return s.handle.Cache(c, n, off)
+}
+
+// bounceSize is the largest piece of a request that is carried out by others, in
+// bytes; it is the largest request that nbdkit makes of a module.
+const bounceSize = 64 << 20
+
+// bounce calls f for n bytes in pieces that fit a buffer.
+func (s *Session) bounce(n uint32, f func(p []byte, done uint32) error) error {
+	if n == 0 {
+		return nil
+	}
+	buf, err := GetBuffer(int(min(n, bounceSize)))
+	if err != nil {
+		return err
+	}
+	defer buf.Release()
+	for done := uint32(0); done < n; {
+		p := buf.B[:min(n-done, bounceSize)]
+		if err := f(p, done); err != nil {
+			return err
+		}
+		done += uint32(len(p))
+	}
+	return nil
+}
+
+// Extents resets x to [off, size of the export) and adds what is known of the n
+// bytes at off: at least one extent, perhaps beyond off+n, perhaps less. Without
+// extents all is allocated.
+func (s *Session) Extents(c *Call, n uint32, off uint64, flags Flags, x *Extents) error {
+	if s.tracing(c) {
+		s.traceData(c, "%s: extents count=%d offset=%d req_one=%d", n, off, digit(flags&ReqOne != 0))
+	}
+	if err := s.check(c, GetExtents, uint64(n), off); err != nil {
+		return err
+	}
+	can, err := s.ask(c, CanExtents)
+	if err != nil {
+		return err
+	}
+	size, err := s.Size(c)
+	if err != nil {
+		return err
+	}
+	x.Reset(off, size)
+	if can == 0 {
+		return x.Add(off, uint64(n), 0)
+	}
+	if !s.module.Has(GetExtents) {
+		return s.errorf(c, GetExtents, syscall.EINVAL, "can_extents is true but the module has no extents")
+	}
+	if err := s.handle.Extents(c, n, off, flags, x); err != nil {
+		return err
+	}
+	if len(x.list) == 0 {
+		return s.errorf(c, GetExtents, syscall.EINVAL, "extents added nothing: need at least one extent at offset %d", off)
+	}
+	return nil
+}

@@ -1,0 +1,78 @@
+package backend
+
+import (
+	"fmt"
+	"syscall"
+)
+
+// Types of an extent (nbdkit-plugin(3), "Extents list").
+const (
+	ExtentHole uint32 = 1 << iota // not allocated
+	ExtentZero                    // reads as zeroes
+)
+
+// An Extent is a run of bytes of the same type.
+type Extent struct {
+	Offset, Length uint64
+	Type           uint32
+}
+
+// MaxExtents is how many extents a list holds; what is added beyond is ignored,
+// as in nbdkit.
+const MaxExtents = 1 << 20
+
+// Extents collects extents over [start, end) in ascending order without gaps,
+// with the rules of nbdkit_add_extent: what lies before start or after end is
+// cut off, and neighbours of the same type are one. The zero value is ready for
+// Reset.
+type Extents struct {
+	start, end, next uint64
+	added            bool
+	list             []Extent
+}
+
+// Reset empties the list and sets its range. The memory of the list is used
+// again, so a slice that List returned is no longer valid.
+func (x *Extents) Reset(start, end uint64) {
+	x.start, x.end = start, end
+	x.added = false
+	x.list = x.list[:0]
+}
+
+// Range returns the range that the list covers.
+func (x *Extents) Range() (start, end uint64) { return x.start, x.end }
+
+// List returns what was collected; it is valid until the next Reset.
+func (x *Extents) List() []Extent { return x.list }
+
+// Add appends an extent. It fails where the extent does not follow the one
+// before, or where the first one lies behind the start of the range.
+func (x *Extents) Add(off, n uint64, typ uint32) error {
+	if n == 0 {
+		return nil
+	}
+	if x.added && off != x.next {
+		return fmt.Errorf("add extent: got offset %d, need %d: extents must follow each other: %w", off, x.next, syscall.ERANGE)
+	}
+	if !x.added && off > x.start {
+		return fmt.Errorf("add extent: got offset %d for the first one, need at most %d: %w", off, x.start, syscall.ERANGE)
+	}
+	x.added, x.next = true, off+n
+
+	end := off + n
+	if end < off || end > x.end {
+		end = x.end
+	}
+	off = max(off, x.start)
+	if off >= end {
+		return nil
+	}
+	if i := len(x.list) - 1; i >= 0 && x.list[i].Type == typ && x.list[i].Offset+x.list[i].Length == off {
+		x.list[i].Length += end - off
+		return nil
+	}
+	if len(x.list) < MaxExtents {
+		x.list = append(x.list, Extent{off, end - off, typ})
+	}
+	return nil
+}

@@ -1,0 +1,166 @@
+package server
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"nbdhost/backend"
+	"nbdhost/protocol"
+)
+
+// A status says which commands of a connection are still carried out.
+type status int32
+
+const (
+	serving  status = iota
+	refusing        // new commands get NBD_ESHUTDOWN: nbdkit_disconnect(0)
+	dead            // nothing is answered any more: nbdkit_disconnect(1), or a write failed
+)
+
+// A conn is one client's connection.
+type conn struct {
+	s      *Server
+	id     uint64
+	nc     net.Conn
+	raw    syscall.RawConn // of nc; nil where it has no descriptor
+	log    *slog.Logger
+	peer   backend.Conn
+	call   backend.Call // of the handshake and of close
+	lane   *backend.Lane
+	status atomic.Int32
+	sender sender
+
+	// What the handshake settled.
+	session    *backend.Session
+	negotiated protocol.Negotiated
+
+	// The transmission phase.
+	reader   atomic.Pointer[reader] // who has the connection; for the watcher
+	watched  atomic.Bool
+	inFlight atomic.Int32 // requests taken on, apart from the reader's own
+	workers  atomic.Int32 // goroutines that make calls, apart from the reader
+	numbers  atomic.Int32 // of tasks so far
+	jobs     chan job
+	cost     atomic.Int64 // ns that a call takes beyond what its size explains
+	slow     atomic.Bool  // calls go to workers
+	calling  sync.WaitGroup
+}
+
+func newConn(s *Server, id uint64, nc net.Conn) *conn {
+	c := &conn{s: s, id: id, nc: nc, log: s.log.With("conn", id)}
+	c.peer = backend.Conn{ID: id, FD: -1, Disconnect: c.disconnect}
+	if sc, ok := nc.(syscall.Conn); ok {
+		if raw, err := sc.SyscallConn(); err == nil {
+			c.raw = raw
+			// The descriptor stays valid as long as calls are made: it is
+			// closed after the last one.
+			_ = raw.Control(func(fd uintptr) { c.peer.FD = int(fd) })
+		}
+	}
+	c.call = backend.Call{Conn: &c.peer, Worker: backend.Handshake, Log: c.log}
+	c.sender.init(c)
+	return c
+}
+
+// debugf writes a debug line; the arguments are only formatted if it is wanted.
+func (c *conn) debugf(format string, args ...any) {
+	if c.log.Enabled(context.Background(), slog.LevelDebug) {
+		c.log.Debug(fmt.Sprintf(format, args...))
+	}
+}
+
+// serve takes the connection from preconnect to close.
+func (c *conn) serve() {
+	defer c.s.forget(c)
+	defer c.nc.Close()
+	if c.lane = c.s.gate.Connect(c.s.quit); c.lane == nil {
+		return
+	}
+	defer c.lane.Leave()
+	defer c.peer.Release()
+
+	if err := c.preconnect(); err != nil {
+		c.debugf("preconnect refused the connection: %v", err)
+		return
+	}
+	r := newReader(c)
+	defer r.in.release()
+	if err := c.handshake(&r.in); err != nil {
+		c.debugf("handshake: %v", err)
+		return
+	}
+	c.debugf("handshake complete, processing requests with %d threads", c.s.opts.Threads)
+	c.transmit(r)
+	c.closeSession()
+}
+
+func (c *conn) preconnect() error {
+	c.lane.Lock()
+	defer c.lane.Unlock()
+	return c.s.opts.Chain.Preconnect(&c.call, c.s.opts.ReadOnly)
+}
+
+// openSession opens and prepares the chain and asks for everything that a client
+// is told.
+func (c *conn) openSession(export string) (caps backend.Caps, err error) {
+	c.lane.Lock()
+	defer c.lane.Unlock()
+	session, err := c.s.opts.Chain.Open(&c.call, c.s.opts.ReadOnly, export)
+	if err != nil {
+		return caps, err
+	}
+	c.session = session
+	if err = session.Prepare(&c.call); err == nil {
+		caps, err = session.Caps(&c.call)
+	}
+	if err != nil {
+		c.endSession()
+	}
+	return caps, err
+}
+
+// closeSession ends what openSession began; no call is under way.
+func (c *conn) closeSession() {
+	c.lane.Lock()
+	defer c.lane.Unlock()
+	c.endSession()
+}
+
+func (c *conn) endSession() {
+	c.session.Finalize(&c.call)
+	c.session.Close(&c.call)
+	c.session = nil
+}
+
+// disconnect is nbdkit_disconnect(3): it may be called on any thread, within a
+// call, and does not wait.
+func (c *conn) disconnect(force bool) {
+	if !force {
+		c.status.CompareAndSwap(int32(serving), int32(refusing))
+		return
+	}
+	c.status.Store(int32(dead))
+	// Wakes the reader, a writer, and a module that sleeps (nbdkit_nanosleep).
+	if c.raw != nil {
+		_ = c.raw.Control(func(fd uintptr) { _ = unix.Shutdown(int(fd), unix.SHUT_RDWR) })
+	} else {
+		c.nc.Close()
+	}
+}
+
+// wakeReader makes the reader's wait for the client end after d. An error means
+// that the connection is closed, which ends the wait as well.
+func (c *conn) wakeReader(d time.Duration) { _ = c.nc.SetReadDeadline(time.Now().Add(d)) }
+
+// refused tells whether new commands are refused.
+func (c *conn) refused() bool {
+	return status(c.status.Load()) != serving || c.s.quitting()
+}

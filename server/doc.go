@@ -1,0 +1,33 @@
+// Package server speaks the NBD protocol to clients and calls a backend.Chain
+// for what they want. It knows nothing of C.
+//
+// # Life cycle
+//
+// [New] takes a chain that is ready to serve. Any number of [Server.Serve] and
+// [Server.ServeConn] run until [Server.Shutdown], which may be called on any
+// thread; [Server.Wait] then waits until every connection has been closed, for a
+// bounded time. After that the caller ends the chain.
+//
+// # A connection
+//
+// One goroutine takes a connection through preconnect, the handshake
+// (handshake.go) and, once an export is open, the transmission phase (reader.go):
+// it receives as much as the socket holds in one system call, runs every complete
+// request, and sends the replies with one more. While the connection is idle it
+// holds no buffer.
+//
+// Calls that are short, or that the thread model serialises, run on that
+// goroutine. Where calls take long they go to workers, which are started when
+// they are needed (worker.go). A call that was expected to be short and is not
+// loses the connection: the watcher (watch.go) hands the connection to a new
+// goroutine after at most two ticks of a millisecond, together with the replies
+// that wait to be sent and the requests that wait to be run. So one slow request
+// never holds up the others.
+//
+// # Who owns what
+//
+// A reader owns its input and output buffers. While a call runs (state busy)
+// nobody touches them but the call, and a watcher that takes the connection away
+// copies what it needs and leaves both to the call. Everything sent goes through
+// the connection's sender, which has one writer at a time (sender.go).
+package server

@@ -1,0 +1,208 @@
+package server
+
+import (
+	"io"
+	"net"
+	"os"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"nbdhost/backend"
+	"nbdhost/protocol"
+)
+
+const (
+	pageSize = 4096
+	// receiveSize is how much is received at a time, unless one request needs
+	// more: enough for 64 writes of 4 KiB, and still in the processor's cache.
+	receiveSize = 256 << 10
+)
+
+// An input is what was received and not yet looked at. It holds no buffer while
+// it waits for the client with nothing in hand.
+type input struct {
+	nc         net.Conn
+	raw        syscall.RawConn // of nc, or nil
+	buf        *backend.Buffer
+	start, end int // what is in hand: buf.B[start:end]
+
+	idle    func()                // the client has nothing to say; nil for none
+	receive func(fd uintptr) bool // one try, for RawConn.Read
+	room    int                   // capacity that the next try needs
+	n       int                   // what it gave
+	err     error
+}
+
+func (in *input) init(nc net.Conn, raw syscall.RawConn) {
+	in.nc, in.raw = nc, raw
+	in.receive = in.tryReceive
+}
+
+// unread returns what is in hand.
+func (in *input) unread() []byte {
+	if in.buf == nil {
+		return nil
+	}
+	return in.buf.B[in.start:in.end]
+}
+
+// take consumes n bytes of what is in hand.
+func (in *input) take(n int) { in.start += n }
+
+func (in *input) release() {
+	in.buf.Release()
+	in.buf = nil
+	in.start, in.end = 0, 0
+}
+
+// need waits until at least n bytes are in hand, which is at most the largest
+// buffer, and returns all of them, contiguous. An end before the first byte is
+// io.EOF, one between is io.ErrUnexpectedEOF.
+func (in *input) need(n int) ([]byte, error) {
+	for in.end-in.start < n {
+		if err := in.more(n); err != nil {
+			if err == io.EOF && in.end > in.start {
+				err = io.ErrUnexpectedEOF
+			}
+			return nil, err
+		}
+	}
+	return in.unread(), nil
+}
+
+// discard consumes n bytes, received already or not.
+func (in *input) discard(n uint64) error {
+	for n > 0 {
+		p, err := in.need(1)
+		if err != nil {
+			return err
+		}
+		skip := min(n, uint64(len(p)))
+		in.take(int(skip))
+		n -= skip
+	}
+	return nil
+}
+
+// more receives once, at least a byte, into a buffer with room for n bytes in
+// hand.
+func (in *input) more(n int) error {
+	in.room = n
+	if in.buf != nil && in.start == in.end {
+		in.rewind()
+	}
+	if in.raw == nil {
+		if err := in.makeRoom(); err != nil {
+			return err
+		}
+		got, err := in.nc.Read(in.buf.B[in.end:])
+		in.end += got
+		if got > 0 {
+			return nil
+		}
+		return err
+	}
+	if err := in.raw.Read(in.receive); err != nil {
+		return err
+	}
+	if in.err != nil {
+		return in.err
+	}
+	if in.n == 0 {
+		return io.EOF
+	}
+	in.end += in.n
+	return nil
+}
+
+// rewind goes back to the front of an empty buffer: a page less a header, so
+// that the payload of a write that comes first lies on a page.
+func (in *input) rewind() {
+	in.start = pageSize - protocol.RequestSize
+	in.end = in.start
+}
+
+// tryReceive receives without waiting; false makes RawConn.Read wait and try
+// again. An idle connection gives its buffer back before it waits. It must be
+// tried again after RawConn.Read has looked at the descriptor, never before:
+// the poller reports each change once.
+func (in *input) tryReceive(fd uintptr) bool {
+	if in.err = in.makeRoom(); in.err != nil {
+		return true
+	}
+	for {
+		in.n, in.err = unix.Read(int(fd), in.buf.B[in.end:])
+		switch in.err {
+		case unix.EINTR:
+			continue
+		case unix.EAGAIN:
+			if in.start == in.end {
+				in.release()
+				if in.idle != nil {
+					in.idle()
+				}
+			}
+			return false
+		case nil:
+		default:
+			in.err = os.NewSyscallError("receive", in.err)
+		}
+		return true
+	}
+}
+
+// makeRoom provides a buffer with room for in.room bytes in hand.
+func (in *input) makeRoom() error {
+	if in.buf == nil {
+		b, err := backend.GetBuffer(max(receiveSize, pageSize+in.room))
+		if err != nil {
+			return err
+		}
+		in.buf = b
+		in.rewind()
+		return nil
+	}
+	if in.start+in.room <= len(in.buf.B) {
+		return nil
+	}
+	have := in.unread()
+	if in.room <= len(in.buf.B) && in.start > len(have) {
+		in.end = copy(in.buf.B, have)
+		in.start = 0
+		return nil
+	}
+	// The request is larger than the buffer: one of its own.
+	b, err := backend.GetBuffer(pageSize + in.room)
+	if err != nil {
+		return err
+	}
+	old := in.buf
+	in.buf = b
+	in.rewind()
+	in.end += copy(b.B[in.start:], have)
+	old.Release()
+	return nil
+}
+
+// shrink gives an empty buffer back that was made for one large request.
+func (in *input) shrink() {
+	if in.buf != nil && in.start == in.end && len(in.buf.B) > receiveSize {
+		in.release()
+	}
+}
+
+// handOver gives what is in hand to to, and leaves the buffer to the caller: a
+// call that is under way is using it.
+func (in *input) handOver(to *input) error {
+	if in.start == in.end {
+		return nil
+	}
+	to.room = in.end - in.start
+	if err := to.makeRoom(); err != nil {
+		return err
+	}
+	to.end += copy(to.buf.B[to.start:], in.unread())
+	in.end = in.start
+	return nil
+}

@@ -1,0 +1,242 @@
+package server
+
+import (
+	"errors"
+	"io"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"nbdhost/protocol"
+)
+
+// A reader has the connection: it receives requests, and carries them out or
+// hands them to workers.
+type reader struct {
+	task
+	in input
+
+	// state is what the watcher goes by: a count of calls times 4, plus quiet,
+	// busy or taken.
+	state  atomic.Uint64
+	seen   uint64     // the watcher's: state at its last tick
+	moving sync.Mutex // held by the watcher while it takes the connection away
+
+	// The calls since the last sample of what one costs.
+	began time.Time
+	calls int
+	bytes uint64
+}
+
+const (
+	quiet = 0
+	busy  = 1 // a call is under way
+	taken = 2 // the call under way lost the connection
+	mask  = 3
+	next  = 4
+)
+
+func newReader(c *conn) *reader {
+	r := &reader{}
+	r.task.init(c)
+	r.in.init(c.nc, c.raw)
+	r.in.idle = func() {
+		if r.out.empty() { // always: what waits is sent before waiting
+			r.out.release()
+		}
+	}
+	return r
+}
+
+// transmit is the transmission phase. It returns when all calls have returned and
+// all replies are sent.
+func (c *conn) transmit(r *reader) {
+	c.jobs = make(chan job)
+	c.calling.Add(1)
+	c.start(r)
+	c.calling.Wait()
+}
+
+// start makes r the one that has the connection, and returns when it has not any
+// more. c.calling counts it already.
+func (c *conn) start(r *reader) {
+	defer c.calling.Done()
+	c.reader.Store(r)
+	if r.loop() {
+		// Nobody has the connection after r: the end.
+		c.sender.send(&r.out)
+		close(c.jobs)
+	}
+	r.in.release()
+	r.out.release()
+}
+
+// loop returns true at the end of the connection, and false where the connection
+// was taken away from r.
+func (r *reader) loop() bool {
+	for {
+		if len(r.in.unread()) < protocol.RequestSize {
+			if err := r.wait(protocol.RequestSize); err != nil {
+				r.ended(err)
+				return true
+			}
+		}
+		if err := r.req.Decode(r.in.unread()); err != nil {
+			r.c.log.Error("receive request: " + err.Error() + "; closing the connection")
+			return true
+		}
+		r.in.take(protocol.RequestSize)
+		if r.req.Type == protocol.CmdDisc {
+			r.c.debugf("client sent %v, closing connection", r.req.Type)
+			return true
+		}
+		over, err := r.request()
+		if err != nil {
+			r.ended(err)
+			return true
+		}
+		if over {
+			return false
+		}
+	}
+}
+
+// wait sends what there is to send, then waits for n bytes in hand.
+func (r *reader) wait(n int) error {
+	r.sample()
+	r.c.sender.send(&r.out)
+	r.in.shrink()
+	for {
+		_, err := r.in.need(n)
+		if err == nil || !errors.Is(err, os.ErrDeadlineExceeded) {
+			return err
+		}
+		// The server stops. As long as something is in flight the client may
+		// go on waiting for it.
+		if r.c.inFlight.Load() == 0 {
+			return err
+		}
+		r.c.wakeReader(lastWords)
+	}
+}
+
+// ended says why the connection ends.
+func (r *reader) ended(err error) {
+	switch {
+	case err == io.EOF:
+		r.c.debugf("client closed input socket, closing connection")
+	case status(r.c.status.Load()) == dead:
+		r.c.debugf("connection was cut off")
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		r.c.debugf("server stops, closing connection")
+	default:
+		r.c.log.Error("receive request: " + err.Error() + "; closing the connection")
+	}
+}
+
+// request deals with r.req, whose header is consumed. over is true where the
+// connection was taken away meanwhile. An error ends the connection.
+func (r *reader) request() (over bool, err error) {
+	payload := r.req.PayloadLength(false)
+	if r.err = r.check(); r.err != nil {
+		return false, r.reject(payload)
+	}
+	if r.c.isSlow() {
+		return false, r.delegate(int(payload))
+	}
+	if have := len(r.in.unread()); uint64(have) < payload {
+		if err := r.wait(int(payload)); err != nil {
+			return false, err
+		}
+	}
+	if err := r.reserve(); err != nil {
+		r.err = err
+		return false, r.reject(payload)
+	}
+	p := r.in.unread()[:payload]
+	r.in.take(int(payload)) // before the call: what is in hand after it is the next reader's
+	return r.inline(p)
+}
+
+// check refuses what must not reach the chain.
+func (r *reader) check() error {
+	if err := r.c.negotiated.Validate(&r.req); err != nil {
+		r.call.Log.Error("invalid request: " + err.Error())
+		return err
+	}
+	if r.c.refused() {
+		return &protocol.RequestError{Command: r.req.Type, Errno: protocol.ESHUTDOWN,
+			Msg: "the server or this connection is shutting down; disconnect"}
+	}
+	return nil
+}
+
+// reject replies with r.err and consumes the payload, received or not.
+func (r *reader) reject(payload uint64) error {
+	if err := r.refuse(); err != nil {
+		return err
+	}
+	if uint64(len(r.in.unread())) < payload {
+		r.sample()
+		r.c.sender.send(&r.out)
+	}
+	return r.in.discard(payload)
+}
+
+// inline carries the request out on this goroutine.
+func (r *reader) inline(payload []byte) (over bool, err error) {
+	lane := r.c.lane
+	if !lane.TryLock() {
+		// Another call is under way. The replies that are ready need not wait
+		// for it.
+		r.sample()
+		r.c.sender.send(&r.out)
+		if err := r.reserve(); err != nil {
+			return false, err
+		}
+		lane.Lock()
+	}
+	if r.calls == 0 {
+		r.began = time.Now()
+	}
+	state := r.state.Load() + next + busy
+	r.state.Store(state)
+	r.c.watch()
+	r.run(payload)
+	lane.Unlock()
+	if !r.state.CompareAndSwap(state, state&^mask) {
+		return true, r.finishTaken()
+	}
+	r.calls++
+	r.bytes += r.req.Length
+	if r.calls&7 == 0 {
+		r.sample()
+	}
+	return false, r.finish()
+}
+
+// finishTaken replies to a call that lost the connection.
+func (r *reader) finishTaken() error {
+	r.moving.Lock() // the watcher has finished
+	r.moving.Unlock()
+	// What was before it in the batch has been sent by the next reader.
+	r.out.start = r.at
+	err := r.finish()
+	if err != nil {
+		r.c.disconnect(true)
+	}
+	r.c.sender.send(&r.out)
+	r.c.inFlight.Add(-1)
+	r.c.workers.Add(-1)
+	return nil
+}
+
+// sample takes the time of the calls since the last sample.
+func (r *reader) sample() {
+	if r.calls == 0 {
+		return
+	}
+	r.c.learn(time.Since(r.began), r.calls, r.bytes)
+	r.calls, r.bytes = 0, 0
+}

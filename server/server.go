@@ -1,0 +1,230 @@
+package server
+
+import (
+	"errors"
+	"log/slog"
+	"net"
+	"sync"
+	"time"
+
+	"nbdhost/backend"
+	"nbdhost/protocol"
+)
+
+// Options say what to serve and how.
+type Options struct {
+	// Chain is ready to serve: after_fork has been called.
+	Chain *backend.Chain
+	// ReadOnly opens every export read-only (nbdkit -r).
+	ReadOnly bool
+	// Threads is how many calls of one connection may run at a time, at least 1;
+	// 0 stands for 16.
+	Threads int
+	// Log receives what there is to say; nil for nothing. Records carry the
+	// attributes "conn", which counts connections from 1, and "worker", which
+	// counts a connection's workers from 0 and is absent in a handshake.
+	Log *slog.Logger
+	// NoStructuredReplies and NoMetaContexts refuse these options.
+	NoStructuredReplies, NoMetaContexts bool
+	// HandshakeMask hides handshake flags that would be offered otherwise.
+	HandshakeMask protocol.HandshakeFlags
+	// HandshakeTimeout is how long a client may take from the connection to
+	// the end of the handshake; 0 is for ever.
+	HandshakeTimeout time.Duration
+	// DrainTimeout is how long a shutdown waits for requests in flight before
+	// it cuts the connections off; 0 stands for 10 s.
+	DrainTimeout time.Duration
+}
+
+// lastWords is how long an idle client has, after a shutdown, to send a command
+// and be told NBD_ESHUTDOWN, before its connection is closed.
+const lastWords = time.Second
+
+// A Server serves one chain.
+type Server struct {
+	opts    Options
+	log     *slog.Logger
+	gate    *backend.Gate
+	watcher watcher
+
+	quit     chan struct{} // closed by Shutdown
+	shutdown sync.Once
+
+	mu     sync.Mutex // guards what follows
+	lastID uint64
+	conns  map[uint64]*conn
+	open   sync.WaitGroup // connections; Add only under mu and before quit
+	socks  map[net.Listener]struct{}
+}
+
+// New returns a server for o.Chain.
+func New(o Options) *Server {
+	if o.Threads <= 0 {
+		o.Threads = 16
+	}
+	if o.DrainTimeout <= 0 {
+		o.DrainTimeout = 10 * time.Second
+	}
+	log := o.Log
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	return &Server{
+		opts:  o,
+		log:   log,
+		gate:  backend.NewGate(o.Chain.ThreadModel()),
+		quit:  make(chan struct{}),
+		conns: map[uint64]*conn{},
+		socks: map[net.Listener]struct{}{},
+	}
+}
+
+// Serve accepts connections on l until Shutdown, then returns nil. It closes l.
+// An error is one of Accept that will not pass.
+func (s *Server) Serve(l net.Listener) error {
+	defer l.Close()
+	s.mu.Lock()
+	s.socks[l] = struct{}{}
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		delete(s.socks, l)
+		s.mu.Unlock()
+	}()
+	if s.quitting() {
+		return nil
+	}
+	for {
+		nc, err := l.Accept()
+		if err != nil {
+			if s.quitting() {
+				return nil
+			}
+			if passing(err) {
+				s.log.Error("accept connection: " + err.Error() + "; trying again")
+				select { // out of descriptors: wait until some may be free
+				case <-time.After(100 * time.Millisecond):
+				case <-s.quit:
+				}
+				continue
+			}
+			return err
+		}
+		s.log.Debug("accepted connection")
+		if c := s.admit(nc); c != nil {
+			go c.serve()
+		}
+	}
+}
+
+// passing tells whether an error of Accept concerns one connection or a lack of
+// resources rather than the listener.
+func passing(err error) bool {
+	var t interface{ Temporary() bool }
+	return !errors.Is(err, net.ErrClosed) && errors.As(err, &t) && t.Temporary()
+}
+
+// ServeConn serves one connection and returns when it is over. It closes nc.
+func (s *Server) ServeConn(nc net.Conn) {
+	if c := s.admit(nc); c != nil {
+		c.serve()
+	}
+}
+
+// admit makes nc a connection of the server's, or closes it after a shutdown.
+func (s *Server) admit(nc net.Conn) *conn {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.quitting() {
+		nc.Close()
+		return nil
+	}
+	s.lastID++
+	c := newConn(s, s.lastID, nc)
+	s.conns[c.id] = c
+	s.open.Add(1)
+	return c
+}
+
+// forget ends what admit began.
+func (s *Server) forget(c *conn) {
+	s.mu.Lock()
+	delete(s.conns, c.id)
+	s.mu.Unlock()
+	s.open.Done()
+}
+
+// Disconnect ends a connection as nbdkit_disconnect(3) says; one that is not
+// there any more is no error. It may be called on any thread.
+func (s *Server) Disconnect(conn uint64, force bool) {
+	s.mu.Lock()
+	c := s.conns[conn]
+	s.mu.Unlock()
+	if c != nil {
+		c.disconnect(force)
+	}
+}
+
+// Quit returns a channel that is closed by Shutdown.
+func (s *Server) Quit() <-chan struct{} { return s.quit }
+
+func (s *Server) quitting() bool {
+	select {
+	case <-s.quit:
+		return true
+	default:
+		return false
+	}
+}
+
+// Shutdown begins to stop the server and returns: no connection is accepted any
+// more, new commands are answered with NBD_ESHUTDOWN, those in flight go on. It
+// may be called on any thread, also from within a call into the chain, and more
+// than once.
+func (s *Server) Shutdown() {
+	s.shutdown.Do(func() {
+		close(s.quit)
+		// Not here: this may be a thread of a module's, in a callback.
+		go s.drain()
+	})
+}
+
+func (s *Server) drain() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for l := range s.socks {
+		l.Close()
+	}
+	for _, c := range s.conns {
+		c.wakeReader(lastWords)
+	}
+}
+
+// Wait waits, after Shutdown, until every connection has been closed. Those that
+// are still there after DrainTimeout are cut off: their clients get no answer
+// any more. It returns false where a call into the chain has not come back even
+// lastWords later; then the chain must not be touched any more.
+func (s *Server) Wait() bool {
+	<-s.quit
+	closed := make(chan struct{})
+	go func() {
+		s.open.Wait()
+		close(closed)
+	}()
+	select {
+	case <-closed:
+		return true
+	case <-time.After(s.opts.DrainTimeout):
+	}
+	s.mu.Lock()
+	for _, c := range s.conns {
+		c.disconnect(true)
+	}
+	s.mu.Unlock()
+	select {
+	case <-closed:
+		return true
+	case <-time.After(lastWords):
+		return false
+	}
+}

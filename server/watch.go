@@ -1,0 +1,125 @@
+package server
+
+import (
+	"sync"
+	"time"
+)
+
+const (
+	// tick is how often the watcher looks. A call that is under way at two
+	// ticks loses the connection.
+	tick = time.Millisecond
+	// quietTicks is for how long it goes on looking at a connection where
+	// nothing happens.
+	quietTicks = 16
+)
+
+// A watcher looks at the connections on which calls are made, and takes the
+// connection away from a call that takes long. It runs only as long as there is
+// something to look at.
+type watcher struct {
+	mu      sync.Mutex
+	running bool
+	conns   []watched
+}
+
+type watched struct {
+	c     *conn
+	quiet int // ticks since something happened
+}
+
+// watch makes sure that the watcher looks at c. The caller has set its state to
+// busy before, which the watcher looks at once more before it turns away: one
+// of the two sees the other.
+func (c *conn) watch() {
+	if !c.watched.Load() && c.watched.CompareAndSwap(false, true) {
+		c.s.watcher.add(c)
+	}
+}
+
+func (w *watcher) add(c *conn) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.conns = append(w.conns, watched{c: c})
+	if !w.running {
+		w.running = true
+		go w.run()
+	}
+}
+
+func (w *watcher) run() {
+	ticker := time.NewTicker(tick)
+	defer ticker.Stop()
+	for range ticker.C {
+		if !w.look() {
+			return
+		}
+	}
+}
+
+// look looks at every connection once. It returns false when none is left.
+func (w *watcher) look() bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	kept := w.conns[:0]
+	for _, x := range w.conns {
+		if x.look() {
+			kept = append(kept, x)
+		}
+	}
+	clear(w.conns[len(kept):])
+	w.conns = kept
+	w.running = len(kept) > 0
+	return w.running
+}
+
+// look returns false when the connection need not be looked at any more.
+func (x *watched) look() bool {
+	r := x.c.reader.Load()
+	state := r.state.Load()
+	if state != r.seen {
+		r.seen, x.quiet = state, 0
+		return true
+	}
+	if state&mask == busy {
+		x.c.takeAway(r, state)
+		return true
+	}
+	if x.quiet++; x.quiet < quietTicks {
+		return true
+	}
+	x.c.watched.Store(false)
+	return r.state.Load() != state && x.c.watched.CompareAndSwap(false, true)
+}
+
+// takeAway gives the connection to a new reader, unless the call under way of r
+// returns just now or there are as many calls as there may be.
+func (c *conn) takeAway(r *reader, state uint64) {
+	if int(c.workers.Load())+1 >= c.s.opts.Threads {
+		return
+	}
+	r.moving.Lock()
+	defer r.moving.Unlock()
+	if !r.state.CompareAndSwap(state, state&^mask|taken) {
+		return
+	}
+	// From here on the buffers of r belong to the call; what it does not need
+	// moves to the new reader.
+	c.inFlight.Add(1)
+	c.workers.Add(1)
+	c.calling.Add(1)
+	c.slow.Store(true)
+	c.cost.Store(int64(tick))
+	n := newReader(c)
+	err := r.in.handOver(&n.in)
+	if err == nil && !r.out.empty() {
+		if err = n.out.grow(c.replyHead(), r.out.end-r.out.start); err == nil {
+			n.out.end += copy(n.out.buf.B[n.out.end:], r.out.buf.B[r.out.start:r.out.end])
+		}
+	}
+	if err != nil {
+		c.log.Error("take over connection: " + err.Error() + "; closing it")
+		c.disconnect(true)
+	}
+	go c.start(n)
+}

@@ -1,0 +1,130 @@
+package server
+
+import (
+	"time"
+
+	"nbdhost/backend"
+	"nbdhost/protocol"
+)
+
+// A job is a request for a worker.
+type job struct {
+	req     protocol.Request
+	payload *backend.Buffer // of a write; the worker's
+}
+
+const (
+	// A call that takes longer than slowCall runs on a worker: handing it over
+	// costs less than a microsecond, and another core or the device behind the
+	// plugin can work on the next one meanwhile. Back below fastCall it runs
+	// on the reader again.
+	slowCall = 40 * time.Microsecond
+	fastCall = 20 * time.Microsecond
+	// Moving data takes time in proportion to its size, on any goroutine:
+	// about a third of a nanosecond a byte.
+	bytesPerNanosecond = 3
+)
+
+// isSlow tells whether calls go to workers.
+func (c *conn) isSlow() bool {
+	return c.slow.Load() && c.s.opts.Threads > 1 && c.lane.Parallel()
+}
+
+// learn takes in what n calls that moved so many bytes took together.
+func (c *conn) learn(d time.Duration, n int, bytes uint64) {
+	each := max(0, (int64(d)-int64(bytes/bytesPerNanosecond))/int64(n))
+	cost := c.cost.Load()
+	cost += (each - cost) / 4
+	c.cost.Store(cost) // a lost update does no harm
+	switch slow := c.slow.Load(); {
+	case !slow && cost > int64(slowCall):
+		c.slow.Store(true)
+	case slow && cost < int64(fastCall):
+		c.slow.Store(false)
+	}
+}
+
+// delegate hands r.req to a worker, when there is one free.
+func (r *reader) delegate(payload int) error {
+	j := job{req: r.req}
+	if payload > 0 {
+		b, err := backend.GetBuffer(payload)
+		if err != nil {
+			r.err = err
+			return r.reject(uint64(payload))
+		}
+		if err := r.receiveInto(b.B[:payload]); err != nil {
+			b.Release()
+			return err
+		}
+		j.payload = b
+	}
+	c := r.c
+	c.inFlight.Add(1)
+	select {
+	case c.jobs <- j:
+		return nil
+	default:
+	}
+	if int(c.workers.Load()) < c.s.opts.Threads {
+		c.workers.Add(1)
+		c.calling.Add(1)
+		go c.work(j)
+		return nil
+	}
+	// All are busy: what is ready to be sent need not wait for them.
+	c.sender.send(&r.out)
+	c.jobs <- j
+	return nil
+}
+
+// receiveInto fills p with what is in hand and what comes next.
+func (r *reader) receiveInto(p []byte) error {
+	for len(p) > 0 {
+		if len(r.in.unread()) == 0 {
+			if err := r.wait(1); err != nil {
+				return err
+			}
+		}
+		n := copy(p, r.in.unread())
+		r.in.take(n)
+		p = p[n:]
+	}
+	return nil
+}
+
+// work carries out j and then other jobs, until there will be none.
+func (c *conn) work(j job) {
+	defer c.calling.Done()
+	t := &task{}
+	t.init(c)
+	c.debugf("starting worker thread %s.%d", c.s.opts.Chain.Name(), t.call.Worker)
+	for ok := true; ok; j, ok = <-c.jobs {
+		t.do(j)
+	}
+	c.workers.Add(-1)
+}
+
+func (t *task) do(j job) {
+	c := t.c
+	t.req = j.req
+	if t.err = t.reserve(); t.err == nil {
+		began := time.Now()
+		c.lane.Lock()
+		if j.payload != nil {
+			t.run(j.payload.B[:j.req.Length])
+		} else {
+			t.run(nil)
+		}
+		c.lane.Unlock()
+		c.learn(time.Since(began), 1, j.req.Length)
+	}
+	j.payload.Release()
+	if err := t.finish(); err != nil {
+		c.log.Error("send reply: " + err.Error() + "; closing the connection")
+		c.disconnect(true)
+	}
+	c.sender.send(&t.out)
+	t.out.release() // it may be long until the next job
+	c.inFlight.Add(-1)
+}
