@@ -1,0 +1,263 @@
+/* Calls into modules: one function per shape of callback.
+ *
+ * Each pushes a frame, calls, and collects the outcome before it returns to
+ * Go, since a goroutine may be on another thread at its next call.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdlib.h>
+
+#include "shim.h"
+
+__thread struct nbdhost_frame *nbdhost_frame;
+
+static void
+enter (struct nbdhost_frame *f, nbdhost_ctx ctx, int worker)
+{
+  f->ctx = ctx;
+  f->worker = worker;
+  f->error = 0;
+  f->message = NULL;
+  f->outer = nbdhost_frame;
+  nbdhost_frame = f;
+  /* A stale value must not become the error of a callback that sets none. */
+  errno = 0;
+}
+
+/* Pop the frame. On failure the error is that of nbdkit_set_error, else errno
+ * where the module preserves it, else EIO (nbdkit-plugin(3), ERROR HANDLING).
+ */
+static struct nbdhost_result
+leave (struct nbdhost_frame *f, int64_t ret, void *ptr, bool failed)
+{
+  int saved = errno;
+  struct nbdhost_result r = { .ret = ret, .ptr = ptr };
+
+  nbdhost_frame = f->outer;
+  if (!failed) {
+    free (f->message);
+    return r;
+  }
+  if (f->error != 0)
+    r.err = f->error;
+  else if (f->ctx && f->ctx->errno_is_preserved && saved != 0)
+    r.err = saved;
+  else
+    r.err = EIO;
+  r.message = f->message;
+  return r;
+}
+
+/* Call an int or int64_t callback; negative is failure. */
+#define CALL(ctx, worker, type, fn, ...)                        \
+  do {                                                          \
+    struct nbdhost_frame f;                                     \
+    enter (&f, ctx, worker);                                    \
+    int64_t ret = ((type) fn) (__VA_ARGS__);                    \
+    return leave (&f, ret, NULL, ret < 0);                      \
+  } while (0)
+
+/* Call a callback that returns a pointer; NULL is failure. */
+#define CALL_PTR(ctx, type, fn, ...)                            \
+  do {                                                          \
+    struct nbdhost_frame f;                                     \
+    enter (&f, ctx, -1);                                        \
+    void *ptr = (void *) ((type) fn) (__VA_ARGS__);             \
+    return leave (&f, 0, ptr, ptr == NULL);                     \
+  } while (0)
+
+void
+nbdhost_call_void (nbdhost_ctx ctx, void *fn)
+{
+  struct nbdhost_frame f;
+
+  enter (&f, ctx, -1);
+  ((void (*) (void)) fn) ();
+  leave (&f, 0, NULL, false);
+}
+
+struct nbdhost_result
+nbdhost_call_int (nbdhost_ctx ctx, void *fn)
+{
+  CALL (ctx, -1, int (*) (void), fn);
+}
+
+struct nbdhost_result
+nbdhost_call_config (nbdhost_ctx ctx, void *fn, const char *key,
+                     const char *value)
+{
+  CALL (ctx, -1, int (*) (const char *, const char *), fn, key, value);
+}
+
+struct nbdhost_result
+nbdhost_call_preconnect (nbdhost_ctx ctx, void *fn, int readonly)
+{
+  CALL (ctx, -1, int (*) (int), fn, readonly);
+}
+
+/* ptr: the list, the caller's to free, also on failure; NULL: out of memory. */
+struct nbdhost_result
+nbdhost_call_list_exports (nbdhost_ctx ctx, void *fn, int readonly, int is_tls)
+{
+  struct nbdhost_frame f;
+  struct nbdkit_exports *exports;
+  int ret = -1;
+
+  enter (&f, ctx, -1);
+  exports = nbdkit_exports_new ();
+  if (exports == NULL)
+    nbdkit_set_error (ENOMEM);
+  else
+    ret = ((int (*) (int, int, struct nbdkit_exports *)) fn) (readonly, is_tls,
+                                                              exports);
+  return leave (&f, ret, exports, ret < 0);
+}
+
+struct nbdhost_result
+nbdhost_call_default_export (nbdhost_ctx ctx, void *fn, int readonly,
+                             int is_tls)
+{
+  CALL_PTR (ctx, const char *(*) (int, int), fn, readonly, is_tls);
+}
+
+struct nbdhost_result
+nbdhost_call_open (nbdhost_ctx ctx, void *fn, int readonly)
+{
+  CALL_PTR (ctx, void *(*) (int), fn, readonly);
+}
+
+void
+nbdhost_call_close (nbdhost_ctx ctx, void *fn, void *handle)
+{
+  struct nbdhost_frame f;
+
+  enter (&f, ctx, -1);
+  ((void (*) (void *)) fn) (handle);
+  leave (&f, 0, NULL, false);
+}
+
+struct nbdhost_result
+nbdhost_call_handle_int (nbdhost_ctx ctx, void *fn, void *handle)
+{
+  CALL (ctx, -1, int (*) (void *), fn, handle);
+}
+
+struct nbdhost_result
+nbdhost_call_handle_int64 (nbdhost_ctx ctx, void *fn, void *handle)
+{
+  CALL (ctx, -1, int64_t (*) (void *), fn, handle);
+}
+
+struct nbdhost_result
+nbdhost_call_handle_string (nbdhost_ctx ctx, void *fn, void *handle)
+{
+  CALL_PTR (ctx, const char *(*) (void *), fn, handle);
+}
+
+struct nbdhost_block_size
+nbdhost_call_block_size (nbdhost_ctx ctx, void *fn, void *handle)
+{
+  struct nbdhost_frame f;
+  struct nbdhost_block_size b = { 0 };
+  int ret;
+
+  enter (&f, ctx, -1);
+  ret = ((int (*) (void *, uint32_t *, uint32_t *, uint32_t *)) fn) (
+      handle, &b.minimum, &b.preferred, &b.maximum);
+  b.r = leave (&f, ret, NULL, ret < 0);
+  return b;
+}
+
+struct nbdhost_result
+nbdhost_call_pread (nbdhost_ctx ctx, int worker, void *fn, void *handle,
+                    void *buf, uint32_t count, uint64_t offset, uint32_t flags)
+{
+  CALL (ctx, worker, int (*) (void *, void *, uint32_t, uint64_t, uint32_t),
+        fn, handle, buf, count, offset, flags);
+}
+
+struct nbdhost_result
+nbdhost_call_pwrite (nbdhost_ctx ctx, int worker, void *fn, void *handle,
+                     const void *buf, uint32_t count, uint64_t offset,
+                     uint32_t flags)
+{
+  CALL (ctx, worker,
+        int (*) (void *, const void *, uint32_t, uint64_t, uint32_t), fn,
+        handle, buf, count, offset, flags);
+}
+
+struct nbdhost_result
+nbdhost_call_flush (nbdhost_ctx ctx, int worker, void *fn, void *handle,
+                    uint32_t flags)
+{
+  CALL (ctx, worker, int (*) (void *, uint32_t), fn, handle, flags);
+}
+
+struct nbdhost_result
+nbdhost_call_range (nbdhost_ctx ctx, int worker, void *fn, void *handle,
+                    uint32_t count, uint64_t offset, uint32_t flags)
+{
+  CALL (ctx, worker, int (*) (void *, uint32_t, uint64_t, uint32_t), fn,
+        handle, count, offset, flags);
+}
+
+/* ptr: the list, the caller's to free, also on failure; NULL: out of memory, or
+ * an offset that no disk has. An extent may reach beyond what was asked for: the
+ * end of the disk, which cuts it, is not known here.
+ */
+struct nbdhost_result
+nbdhost_call_extents (nbdhost_ctx ctx, int worker, void *fn, void *handle,
+                      uint32_t count, uint64_t offset, uint32_t flags)
+{
+  struct nbdhost_frame f;
+  struct nbdkit_extents *extents;
+  int ret = -1;
+
+  enter (&f, ctx, worker);
+  extents = nbdkit_extents_new (offset, INT64_MAX);
+  if (extents == NULL)
+    nbdkit_set_error (errno);
+  else
+    ret = ((int (*) (void *, uint32_t, uint64_t, uint32_t,
+                     struct nbdkit_extents *)) fn) (handle, count, offset,
+                                                    flags, extents);
+  return leave (&f, ret, extents, ret < 0);
+}
+
+struct nbdhost_result
+nbdhost_call_pread_v1 (nbdhost_ctx ctx, int worker, void *fn, void *handle,
+                       void *buf, uint32_t count, uint64_t offset)
+{
+  CALL (ctx, worker, int (*) (void *, void *, uint32_t, uint64_t), fn, handle,
+        buf, count, offset);
+}
+
+struct nbdhost_result
+nbdhost_call_pwrite_v1 (nbdhost_ctx ctx, int worker, void *fn, void *handle,
+                        const void *buf, uint32_t count, uint64_t offset)
+{
+  CALL (ctx, worker, int (*) (void *, const void *, uint32_t, uint64_t), fn,
+        handle, buf, count, offset);
+}
+
+struct nbdhost_result
+nbdhost_call_flush_v1 (nbdhost_ctx ctx, int worker, void *fn, void *handle)
+{
+  CALL (ctx, worker, int (*) (void *), fn, handle);
+}
+
+struct nbdhost_result
+nbdhost_call_trim_v1 (nbdhost_ctx ctx, int worker, void *fn, void *handle,
+                      uint32_t count, uint64_t offset)
+{
+  CALL (ctx, worker, int (*) (void *, uint32_t, uint64_t), fn, handle, count,
+        offset);
+}
+
+struct nbdhost_result
+nbdhost_call_zero_v1 (nbdhost_ctx ctx, int worker, void *fn, void *handle,
+                      uint32_t count, uint64_t offset, int may_trim)
+{
+  CALL (ctx, worker, int (*) (void *, uint32_t, uint64_t, int), fn, handle,
+        count, offset, may_trim);
+}

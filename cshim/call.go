@@ -1,0 +1,309 @@
+package cshim
+
+// #cgo CFLAGS: -Wall -Wextra -Werror -fvisibility=hidden -O2
+// #cgo LDFLAGS: -Wl,--export-dynamic -lm
+// #include "shim.h"
+// // What cgo generates has parameters that it does not use.
+// #pragma GCC diagnostic ignored "-Wunused-parameter"
+import "C"
+
+import (
+	"strings"
+	"syscall"
+	"unsafe"
+)
+
+// maxString bounds what is read from a C string that should hold at most 4096
+// bytes: one more, so that the caller can tell that it is too long.
+const maxString = 4097
+
+// Result is the outcome of a callback.
+type Result struct {
+	Ret int64          // what the callback returned; negative: it failed
+	Ptr unsafe.Pointer // what .open returned; nil: it failed
+	// Errno of a callback that failed: nbdkit_set_error's value, else errno if
+	// the module preserves it, else EIO. 0 on success.
+	Errno syscall.Errno
+	Msg   string // last nbdkit_error of a callback that failed
+}
+
+func result(r C.struct_nbdhost_result) Result {
+	res := Result{Ret: int64(r.ret), Ptr: r.ptr, Errno: syscall.Errno(r.err)}
+	if r.message != nil {
+		res.Msg = C.GoString(r.message)
+		C.free(unsafe.Pointer(r.message))
+	}
+	return res
+}
+
+func cbool(b bool) C.int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// boundedString copies at most [maxString] bytes of a C string.
+func boundedString(p unsafe.Pointer) string {
+	b := unsafe.Slice((*byte)(p), maxString)
+	for i := range b {
+		// Element by element: memory beyond the NUL may not be there.
+		if b[i] == 0 {
+			return string(b[:i])
+		}
+	}
+	return string(b)
+}
+
+// CStr is a C string that lives until the process exits.
+type CStr struct{ p *C.char }
+
+// NewCStr copies s, up to its first NUL, into C memory that is never freed:
+// modules keep the keys and values they are given.
+func NewCStr(s string) CStr {
+	s, _, _ = strings.Cut(s, "\x00")
+	c := C.CString(s)
+	defer C.free(unsafe.Pointer(c))
+	return CStr{C.nbdhost_intern(nil, c, C.size_t(len(s)))}
+}
+
+// Fn converts the address that dlsym gave to a pointer.
+func Fn(addr uintptr) unsafe.Pointer { return *(*unsafe.Pointer)(unsafe.Pointer(&addr)) }
+
+// Conn is a client connection as modules see it. It is C memory: Free it
+// after the last call and the last [Context] that use it.
+type Conn struct{ c *C.struct_nbdhost_conn }
+
+// NewConn makes the connection with number id, counted from 1. fd is its socket,
+// -1 if there is none; it is borrowed and must stay open until Free.
+func NewConn(id uint64, fd int) *Conn {
+	c := C.nbdhost_conn_new(C.uint64_t(id), C.int(fd))
+	if c == nil {
+		panic("cshim: out of memory")
+	}
+	return &Conn{c}
+}
+
+// SetTLS says whether TLS has been negotiated. Not during a call.
+func (c *Conn) SetTLS(on bool) { c.c.tls = cbool(on) }
+
+// SetTLSDN sets the distinguished names (RFC 4514) of the client's certificate and
+// of its issuer. Not during a call.
+func (c *Conn) SetTLSDN(dn, issuer string) {
+	d, i := C.CString(dn), C.CString(issuer)
+	defer C.free(unsafe.Pointer(d))
+	defer C.free(unsafe.Pointer(i))
+	C.nbdhost_conn_set_dn(c.c, d, i)
+}
+
+// Free frees the connection and the strings that modules interned in it.
+func (c *Conn) Free() {
+	C.nbdhost_conn_free(c.c)
+	c.c = nil
+}
+
+// Context is what a module may ask about the call it is in: the connection,
+// the export's name. One per open handle, and one per phase before .open.
+// It is C memory, may be used by any number of calls at once, and is never
+// changed. A nil *Context is a call outside any connection.
+type Context struct{ c *C.struct_nbdhost_context }
+
+// NewContext makes a context. conn may be nil. exportName counts only if
+// hasExport is set. errnoIsPreserved is the field of the module's struct.
+func NewContext(conn *Conn, exportName string, hasExport, errnoIsPreserved bool) *Context {
+	var cc *C.struct_nbdhost_conn
+	if conn != nil {
+		cc = conn.c
+	}
+	var name *C.char
+	if hasExport {
+		name = C.CString(exportName)
+		defer C.free(unsafe.Pointer(name))
+	}
+	c := C.nbdhost_context_new(cc, name, cbool(errnoIsPreserved))
+	if c == nil {
+		panic("cshim: out of memory")
+	}
+	return &Context{c}
+}
+
+// Free frees the context, after the last call that uses it.
+func (c *Context) Free() {
+	C.nbdhost_context_free(c.c)
+	c.c = nil
+}
+
+func (c *Context) ptr() *C.struct_nbdhost_context {
+	if c == nil {
+		return nil
+	}
+	return c.c
+}
+
+// CallVoid calls .load, .unload, .dump_plugin or .cleanup.
+func CallVoid(ctx *Context, fn unsafe.Pointer) { C.nbdhost_call_void(ctx.ptr(), fn) }
+
+// CallInt calls .config_complete, .thread_model, .get_ready or .after_fork.
+func CallInt(ctx *Context, fn unsafe.Pointer) Result {
+	return result(C.nbdhost_call_int(ctx.ptr(), fn))
+}
+
+// CallConfig calls .config.
+func CallConfig(ctx *Context, fn unsafe.Pointer, key, value CStr) Result {
+	return result(C.nbdhost_call_config(ctx.ptr(), fn, key.p, value.p))
+}
+
+// CallPreconnect calls .preconnect.
+func CallPreconnect(ctx *Context, fn unsafe.Pointer, readonly bool) Result {
+	return result(C.nbdhost_call_preconnect(ctx.ptr(), fn, cbool(readonly)))
+}
+
+// Export is an entry of the list that .list_exports made.
+type Export struct {
+	Name, Description string
+	// Default: the module called nbdkit_use_default_export. The caller puts
+	// the answer of .default_export here, or drops the entry if there is none.
+	Default bool
+}
+
+// CallListExports calls .list_exports. A Default entry comes last.
+func CallListExports(ctx *Context, fn unsafe.Pointer, readonly, tls bool) ([]Export, Result) {
+	res := result(C.nbdhost_call_list_exports(ctx.ptr(), fn, cbool(readonly), cbool(tls)))
+	list := (*C.struct_nbdkit_exports)(res.Ptr)
+	res.Ptr = nil
+	if list == nil {
+		return nil, res
+	}
+	defer C.nbdkit_exports_free(list)
+	if res.Ret < 0 {
+		return nil, res
+	}
+	exports := make([]Export, 0, len(unsafe.Slice(list.list, list.len))+1)
+	for _, e := range unsafe.Slice(list.list, list.len) {
+		exports = append(exports, Export{Name: C.GoString(e.name), Description: C.GoString(e.description)})
+	}
+	if list.use_default {
+		exports = append(exports, Export{Default: true})
+	}
+	return exports, res
+}
+
+// CallDefaultExport calls .default_export. A name is cut at 4097 bytes, one more
+// than a valid one has. Not ok: the module returned NULL.
+func CallDefaultExport(ctx *Context, fn unsafe.Pointer, readonly, tls bool) (name string, ok bool) {
+	return str(C.nbdhost_call_default_export(ctx.ptr(), fn, cbool(readonly), cbool(tls)))
+}
+
+func str(r C.struct_nbdhost_result) (string, bool) {
+	if res := result(r); res.Ptr != nil {
+		return boundedString(res.Ptr), true
+	}
+	return "", false
+}
+
+// CallOpen calls .open; the handle is in Ptr.
+func CallOpen(ctx *Context, fn unsafe.Pointer, readonly bool) Result {
+	return result(C.nbdhost_call_open(ctx.ptr(), fn, cbool(readonly)))
+}
+
+// CallClose calls .close.
+func CallClose(ctx *Context, fn, handle unsafe.Pointer) {
+	C.nbdhost_call_close(ctx.ptr(), fn, handle)
+}
+
+// CallHandleInt calls .can_* or .is_rotational.
+func CallHandleInt(ctx *Context, fn, handle unsafe.Pointer) Result {
+	return result(C.nbdhost_call_handle_int(ctx.ptr(), fn, handle))
+}
+
+// CallHandleInt64 calls .get_size.
+func CallHandleInt64(ctx *Context, fn, handle unsafe.Pointer) Result {
+	return result(C.nbdhost_call_handle_int64(ctx.ptr(), fn, handle))
+}
+
+// CallHandleString calls .export_description. A text is cut at 4097 bytes, one
+// more than a valid one has. Not ok: the module returned NULL.
+func CallHandleString(ctx *Context, fn, handle unsafe.Pointer) (string, bool) {
+	return str(C.nbdhost_call_handle_string(ctx.ptr(), fn, handle))
+}
+
+// CallBlockSize calls .block_size. Sizes are in bytes.
+func CallBlockSize(ctx *Context, fn, handle unsafe.Pointer) (minimum, preferred, maximum uint32, r Result) {
+	b := C.nbdhost_call_block_size(ctx.ptr(), fn, handle)
+	return uint32(b.minimum), uint32(b.preferred), uint32(b.maximum), result(b.r)
+}
+
+// CallPread calls .pread: count bytes at offset into buf, which is C memory and the
+// callee's for this call. worker, from 0, goes into log lines.
+func CallPread(ctx *Context, worker int, fn, handle, buf unsafe.Pointer, count uint32, offset uint64, flags uint32) Result {
+	return result(C.nbdhost_call_pread(ctx.ptr(), C.int(worker), fn, handle, buf, C.uint32_t(count), C.uint64_t(offset), C.uint32_t(flags)))
+}
+
+// CallPwrite calls .pwrite, as [CallPread].
+func CallPwrite(ctx *Context, worker int, fn, handle, buf unsafe.Pointer, count uint32, offset uint64, flags uint32) Result {
+	return result(C.nbdhost_call_pwrite(ctx.ptr(), C.int(worker), fn, handle, buf, C.uint32_t(count), C.uint64_t(offset), C.uint32_t(flags)))
+}
+
+// CallFlush calls .flush.
+func CallFlush(ctx *Context, worker int, fn, handle unsafe.Pointer, flags uint32) Result {
+	return result(C.nbdhost_call_flush(ctx.ptr(), C.int(worker), fn, handle, C.uint32_t(flags)))
+}
+
+// CallRange calls .trim, .zero or .cache.
+func CallRange(ctx *Context, worker int, fn, handle unsafe.Pointer, count uint32, offset uint64, flags uint32) Result {
+	return result(C.nbdhost_call_range(ctx.ptr(), C.int(worker), fn, handle, C.uint32_t(count), C.uint64_t(offset), C.uint32_t(flags)))
+}
+
+// Extent is a run of bytes of one type (NBDKIT_EXTENT_HOLE, NBDKIT_EXTENT_ZERO).
+type Extent struct {
+	Offset, Length uint64
+	Type           uint32
+}
+
+// CallExtents calls .extents for [offset, offset+count) and appends what it added
+// to dst: contiguous, from offset on, neighbours of different types, at most 1 Mi
+// of them. They may reach beyond the range, and even the disk: the caller cuts
+// them. On success there may be none: that is the module's error.
+func CallExtents(ctx *Context, worker int, fn, handle unsafe.Pointer, count uint32, offset uint64, flags uint32, dst []Extent) ([]Extent, Result) {
+	res := result(C.nbdhost_call_extents(ctx.ptr(), C.int(worker), fn, handle, C.uint32_t(count), C.uint64_t(offset), C.uint32_t(flags)))
+	list := (*C.struct_nbdkit_extents)(res.Ptr)
+	res.Ptr = nil
+	if list == nil {
+		return dst, res
+	}
+	if res.Ret >= 0 {
+		for _, e := range unsafe.Slice(list.list, list.len) {
+			dst = append(dst, Extent{uint64(e.offset), uint64(e.length), uint32(e._type)})
+		}
+	}
+	C.nbdkit_extents_free(list)
+	return dst, res
+}
+
+// CallPreadV1 calls the .pread of plugin API version 1.
+func CallPreadV1(ctx *Context, worker int, fn, handle, buf unsafe.Pointer, count uint32, offset uint64) Result {
+	return result(C.nbdhost_call_pread_v1(ctx.ptr(), C.int(worker), fn, handle, buf, C.uint32_t(count), C.uint64_t(offset)))
+}
+
+// CallPwriteV1 calls the .pwrite of plugin API version 1.
+func CallPwriteV1(ctx *Context, worker int, fn, handle, buf unsafe.Pointer, count uint32, offset uint64) Result {
+	return result(C.nbdhost_call_pwrite_v1(ctx.ptr(), C.int(worker), fn, handle, buf, C.uint32_t(count), C.uint64_t(offset)))
+}
+
+// CallFlushV1 calls the .flush of plugin API version 1.
+func CallFlushV1(ctx *Context, worker int, fn, handle unsafe.Pointer) Result {
+	return result(C.nbdhost_call_flush_v1(ctx.ptr(), C.int(worker), fn, handle))
+}
+
+// CallTrimV1 calls the .trim of plugin API version 1.
+func CallTrimV1(ctx *Context, worker int, fn, handle unsafe.Pointer, count uint32, offset uint64) Result {
+	return result(C.nbdhost_call_trim_v1(ctx.ptr(), C.int(worker), fn, handle, C.uint32_t(count), C.uint64_t(offset)))
+}
+
+// CallZeroV1 calls the .zero of plugin API version 1.
+func CallZeroV1(ctx *Context, worker int, fn, handle unsafe.Pointer, count uint32, offset uint64, mayTrim bool) Result {
+	return result(C.nbdhost_call_zero_v1(ctx.ptr(), C.int(worker), fn, handle, C.uint32_t(count), C.uint64_t(offset), cbool(mayTrim)))
+}
+
+// LiveObjects counts the connections, contexts and lists that have not been freed.
+func LiveObjects() int { return int(C.nbdhost_live_objects()) }

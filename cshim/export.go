@@ -1,0 +1,116 @@
+package cshim
+
+// #include "shim.h"
+// // What cgo generates has parameters that it does not use.
+// #pragma GCC diagnostic ignored "-Wunused-parameter"
+import "C"
+
+import (
+	"fmt"
+	"os"
+	"os/signal"
+	"sync/atomic"
+	"syscall"
+)
+
+// Level is the kind of a log line.
+type Level int
+
+// Kinds of log lines.
+const (
+	LevelError Level = C.NBDHOST_LEVEL_ERROR // nbdkit_error
+	LevelDebug Level = C.NBDHOST_LEVEL_DEBUG // nbdkit_debug
+)
+
+// Host is what modules ask of the server. Its functions are called on any
+// thread, a module's own included, while that thread is inside C: they must
+// return soon and must not wait for anything that needs a module to return.
+// A panic in them is logged and dropped.
+type Host struct {
+	// Log takes one message, without the prefix and the end of line. conn is the
+	// connection's number, 0 outside a connection; worker is -1 outside
+	// requests.
+	Log func(level Level, conn uint64, worker int, text string)
+	// Shutdown asks for the server to stop.
+	Shutdown func()
+	// Disconnect asks for connection conn to end, at once if force is set.
+	Disconnect func(conn uint64, force bool)
+	// Name of the server as set by the user, "" if it was not.
+	Name string
+}
+
+var host atomic.Pointer[Host]
+
+// SetHost sets the callbacks from modules, once, before a module is loaded.
+func SetHost(h Host) {
+	host.Store(&h)
+	if h.Name == "" {
+		C.nbdhost_set_name(nil)
+	} else {
+		C.nbdhost_set_name(NewCStr(h.Name).p)
+	}
+}
+
+// Init prepares the process for modules: SIGPIPE is ignored in all threads, the Go
+// ones and the others. Call it once, before anything is loaded.
+func Init() error {
+	signal.Ignore(syscall.SIGPIPE)
+	if err := C.nbdhost_init(); err != 0 {
+		return fmt.Errorf("create eventfd: %w", syscall.Errno(err))
+	}
+	return nil
+}
+
+// SetVerbose turns nbdkit_debug on. While it is off nothing is formatted.
+func SetVerbose(on bool) { C.nbdhost_set_verbose(cbool(on)) }
+
+// SetStdioSafe says whether modules may use standard input and output while they are
+// configured. They may unless told otherwise.
+func SetStdioSafe(on bool) { C.nbdhost_set_stdio_safe(cbool(on)) }
+
+// SetQuit ends every nbdkit_nanosleep, now and from now on: the server is stopping.
+func SetQuit() { C.nbdhost_set_quit() }
+
+// SaveSignals records the disposition of every signal. Call it before .load.
+func SaveSignals() { C.nbdhost_signals_save() }
+
+// RestoreSignals undoes what a module did to signals since [SaveSignals]: the
+// ones that had a handler (the Go runtime's) and the ones that stop the server get
+// their disposition back; other handlers of the module stay and run on the
+// alternate stack, without which the Go runtime aborts. Call it after .load,
+// .config, .get_ready, .after_fork and the first .open.
+func RestoreSignals() { C.nbdhost_signals_restore() }
+
+// Exit ends the process through exit(3), which runs what modules gave to atexit(3).
+func Exit(code int) { C.exit(C.int(code)) }
+
+// recovered keeps a panic from crossing the C frames above.
+func recovered(op string) {
+	if r := recover(); r != nil {
+		fmt.Fprintf(os.Stderr, "nbdhost: error: %s: panic: %v\n", op, r)
+	}
+}
+
+//export nbdhost_go_log
+func nbdhost_go_log(level C.int, conn C.uint64_t, worker C.int, text *C.char) {
+	defer recovered("log")
+	if h := host.Load(); h != nil && h.Log != nil {
+		h.Log(Level(level), uint64(conn), int(worker), C.GoString(text))
+	}
+}
+
+//export nbdhost_go_shutdown
+func nbdhost_go_shutdown() {
+	defer recovered("shut down")
+	if h := host.Load(); h != nil && h.Shutdown != nil {
+		h.Shutdown()
+	}
+}
+
+//export nbdhost_go_disconnect
+func nbdhost_go_disconnect(conn C.uint64_t, force C.int) {
+	defer recovered("disconnect")
+	if h := host.Load(); h != nil && h.Disconnect != nil {
+		h.Disconnect(uint64(conn), force != 0)
+	}
+}

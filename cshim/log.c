@@ -1,0 +1,202 @@
+/* Errors, debug messages, hex dumps. Text is formatted here; it reaches Go only
+ * in the server's own process.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "shim.h"
+
+static void
+emit (int level, char *text)
+{
+  struct nbdhost_frame *f = nbdhost_frame;
+  struct nbdhost_conn *conn = nbdhost_current_conn ();
+  const char *name = nbdhost_settings.name;
+  char *line;
+  int n;
+
+  if (nbdhost_in_server ()) {
+    nbdhost_go_log (level, conn ? conn->id : 0, f ? f->worker : -1, text);
+    return;
+  }
+  n = asprintf (&line, "%s: %s: %s\n", name ? name : "nbdkit",
+                level == NBDHOST_LEVEL_ERROR ? "error" : "debug", text);
+  if (n == -1)
+    return;
+  /* One write, so that lines of several processes do not mix. There is no
+   * one to tell if it fails. */
+  if (write (STDERR_FILENO, line, n) == -1) {
+  }
+  free (line);
+}
+
+void
+nbdkit_verror (const char *fmt, va_list args)
+{
+  int saved = errno;
+  char *text;
+
+  if (vasprintf (&text, fmt, args) == -1)
+    text = strdup (fmt);
+  if (text != NULL) {
+    emit (NBDHOST_LEVEL_ERROR, text);
+    if (nbdhost_frame) {
+      free (nbdhost_frame->message);
+      nbdhost_frame->message = text;
+    }
+    else
+      free (text);
+  }
+  errno = saved;
+}
+
+void
+nbdkit_error (const char *fmt, ...)
+{
+  va_list args;
+
+  va_start (args, fmt);
+  nbdkit_verror (fmt, args);
+  va_end (args);
+}
+
+static bool
+verbose (void)
+{
+  return __atomic_load_n (&nbdhost_settings.verbose, __ATOMIC_RELAXED);
+}
+
+void
+nbdkit_vdebug (const char *fmt, va_list args)
+{
+  int saved = errno;
+  char *text;
+
+  if (!verbose ())
+    return;
+  if (vasprintf (&text, fmt, args) != -1) {
+    emit (NBDHOST_LEVEL_DEBUG, text);
+    free (text);
+  }
+  errno = saved;
+}
+
+void
+nbdkit_debug (const char *fmt, ...)
+{
+  va_list args;
+
+  if (!verbose ())
+    return;
+  va_start (args, fmt);
+  nbdkit_vdebug (fmt, args);
+  va_end (args);
+}
+
+/* The error of this call; nothing in a thread that is in none. */
+void
+nbdkit_set_error (int err)
+{
+  if (nbdhost_frame)
+    nbdhost_frame->error = err;
+}
+
+const char *
+nbdkit_timestamp (void)
+{
+  static __thread char text[64];
+  int saved = errno;
+  struct timespec ts;
+  struct tm tm;
+  size_t n;
+
+  if (clock_gettime (CLOCK_REALTIME, &ts) == -1 ||
+      gmtime_r (&ts.tv_sec, &tm) == NULL)
+    strcpy (text, "!");
+  else {
+    n = strftime (text, sizeof text, "%Y-%m-%d %H:%M:%S", &tm);
+    snprintf (text + n, sizeof text - n, ".%06ld", ts.tv_nsec / 1000);
+  }
+  errno = saved;
+  return text;
+}
+
+/* ---- hex dumps ---- */
+
+enum { ROW = 16 };
+
+/* Log one row. shown: bytes that are printed, one bit each; the others are
+ * left blank, as is what lies outside the buffer.
+ */
+static void
+row (const char *prefix, const char *sign, uint64_t address,
+     const uint8_t bytes[ROW], unsigned shown)
+{
+  char hex[ROW * 3 + 2], chars[ROW + 1], *h = hex;
+
+  for (int i = 0; i < ROW; ++i) {
+    bool show = shown >> i & 1;
+    uint8_t c = bytes[i];
+
+    if (i == ROW / 2)
+      *h++ = ' ';
+    if (show)
+      h += sprintf (h, "%02x ", c);
+    else
+      h += sprintf (h, "   ");
+    chars[i] = !show ? ' ' : c >= 0x20 && c < 0x7f ? (char) c : '.';
+  }
+  chars[ROW] = '\0';
+  nbdkit_debug ("%s%s%08" PRIx64 ": %s |%s|", prefix ? prefix : "", sign,
+                address, hex, chars);
+}
+
+/* Dump buf1, and where other differs from it the bytes of other. Rows start at
+ * multiples of 16. NULL: nothing to compare with.
+ */
+static void
+dump (const uint8_t *buf, const uint8_t *other, size_t len, const char *prefix,
+      uint64_t start)
+{
+  size_t pos = 0;
+
+  while (pos < len) {
+    uint64_t address = start & ~(uint64_t) (ROW - 1);
+    uint8_t bytes[ROW] = { 0 }, changed[ROW] = { 0 };
+    unsigned inside = 0, differ = 0;
+
+    for (unsigned i = start - address; i < ROW && pos < len;
+         ++i, ++pos, ++start) {
+      bytes[i] = buf[pos];
+      inside |= 1u << i;
+      if (other && other[pos] != buf[pos]) {
+        changed[i] = other[pos];
+        differ |= 1u << i;
+      }
+    }
+    row (prefix, differ ? "-" : other ? " " : "", address, bytes, inside);
+    if (differ)
+      row (prefix, "+", address, changed, differ);
+  }
+}
+
+void
+nbdkit_debug_hexdump (const void *buf, size_t len, const char *prefix,
+                      uint64_t start)
+{
+  if (verbose ())
+    dump (buf, NULL, len, prefix, start);
+}
+
+void
+nbdkit_debug_hexdiff (const void *buf1, const void *buf2, size_t len,
+                      const char *prefix, uint64_t start)
+{
+  if (verbose ())
+    dump (buf1, buf2, len, prefix, start);
+}

@@ -1,0 +1,308 @@
+/* Declarations shared by the C files of this package and by cgo.
+ *
+ * Nothing here is included by a module: modules are compiled against nbdkit's
+ * own headers. The prototypes below repeat those of nbdkit-plugin(3),
+ * nbdkit-filter(3) and the manual page of each function.
+ */
+#ifndef NBDHOST_SHIM_H
+#define NBDHOST_SHIM_H
+
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+
+#define PUBLIC __attribute__ ((visibility ("default")))
+#define PRINTF(fmt, args) __attribute__ ((format (printf, fmt, args)))
+
+/* ---- state of a call (state.c) ---- */
+
+struct interned;
+
+/* One client connection. The descriptor is borrowed, never closed here. */
+struct nbdhost_conn {
+  uint64_t id;                 /* from 1 */
+  int fd;                      /* socket, -1: none */
+  int tls;                     /* 1 once TLS has been negotiated */
+  char *dn, *issuer_dn;        /* of the client's certificate, NULL: none */
+  struct interned *interned;   /* strings freed with the connection */
+};
+
+/* What a module may ask about the call it is in. Immutable while calls use it. */
+struct nbdhost_context {
+  struct nbdhost_conn *conn;   /* NULL: outside any connection */
+  char *export_name;           /* NULL: none negotiated */
+  int errno_is_preserved;
+};
+
+/* One call into a module. Frames live on the C stack, innermost first; a call
+ * made from inside a callback pushes its own, so the outer one is intact
+ * when it returns. Frames are per thread: a module's own threads have none.
+ */
+struct nbdhost_frame {
+  const struct nbdhost_context *ctx;
+  int worker;                  /* -1: handshake, open, close */
+  int error;                   /* nbdkit_set_error's value, 0: not called */
+  char *message;               /* last nbdkit_error, NULL: none */
+  struct nbdhost_frame *outer;
+};
+
+extern __thread struct nbdhost_frame *nbdhost_frame;
+
+/* The connection of the current call, or NULL. */
+struct nbdhost_conn *nbdhost_current_conn (void);
+
+struct nbdhost_conn *nbdhost_conn_new (uint64_t id, int fd);
+void nbdhost_conn_set_dn (struct nbdhost_conn *, const char *dn,
+                          const char *issuer_dn);
+void nbdhost_conn_free (struct nbdhost_conn *);
+struct nbdhost_context *nbdhost_context_new (struct nbdhost_conn *,
+                                             const char *export_name,
+                                             int errno_is_preserved);
+void nbdhost_context_free (struct nbdhost_context *);
+
+/* Copy n bytes of str into the list of a connection, or of the process if conn
+ * is NULL. NULL and errno when out of memory.
+ */
+const char *nbdhost_intern (struct nbdhost_conn *conn, const char *str,
+                            size_t n);
+
+/* Connections, contexts and lists that have not been freed. */
+long nbdhost_live_objects (void);
+void nbdhost_live_add (long n);
+
+/* ---- process-wide settings (state.c) ---- */
+
+struct nbdhost_settings {
+  bool verbose;
+  bool stdio_safe;
+  const char *name;            /* --name, NULL: not set */
+  int quit_fd;                 /* eventfd, readable once the server stops */
+  int pid;                     /* of the server: a forked child has another */
+};
+
+extern struct nbdhost_settings nbdhost_settings;
+
+int nbdhost_init (void);       /* 0, or an errno */
+void nbdhost_set_name (const char *name);
+void nbdhost_set_verbose (int);
+void nbdhost_set_stdio_safe (int);
+void nbdhost_set_quit (void);
+
+/* False in a child that a module forked. Such a child must never enter Go:
+ * the runtime's other threads do not exist there and the call would hang.
+ */
+bool nbdhost_in_server (void);
+
+void nbdhost_signals_save (void);
+void nbdhost_signals_restore (void);
+
+/* ---- exported by Go (export.go) ---- */
+
+enum { NBDHOST_LEVEL_ERROR = 0, NBDHOST_LEVEL_DEBUG = 1 };
+
+extern void nbdhost_go_log (int level, uint64_t conn, int worker, char *text);
+extern void nbdhost_go_shutdown (void);
+extern void nbdhost_go_disconnect (uint64_t conn, int force);
+
+/* ---- calls into modules (call.c) ---- */
+
+struct nbdhost_result {
+  int64_t ret;
+  void *ptr;
+  char *message;               /* malloc'd, the caller's; NULL: none */
+  int err;                     /* 0 on success */
+};
+
+typedef const struct nbdhost_context *nbdhost_ctx;
+
+void nbdhost_call_void (nbdhost_ctx, void *fn);
+struct nbdhost_result nbdhost_call_int (nbdhost_ctx, void *fn);
+struct nbdhost_result nbdhost_call_config (nbdhost_ctx, void *fn,
+                                           const char *key, const char *value);
+struct nbdhost_result nbdhost_call_preconnect (nbdhost_ctx, void *fn,
+                                               int readonly);
+struct nbdhost_result nbdhost_call_list_exports (nbdhost_ctx, void *fn,
+                                                 int readonly, int is_tls);
+struct nbdhost_result nbdhost_call_default_export (nbdhost_ctx, void *fn,
+                                                   int readonly, int is_tls);
+struct nbdhost_result nbdhost_call_open (nbdhost_ctx, void *fn, int readonly);
+void nbdhost_call_close (nbdhost_ctx, void *fn, void *handle);
+struct nbdhost_result nbdhost_call_handle_int (nbdhost_ctx, void *fn,
+                                               void *handle);
+struct nbdhost_result nbdhost_call_handle_int64 (nbdhost_ctx, void *fn,
+                                                 void *handle);
+struct nbdhost_result nbdhost_call_handle_string (nbdhost_ctx, void *fn,
+                                                  void *handle);
+struct nbdhost_block_size {
+  struct nbdhost_result r;
+  uint32_t minimum, preferred, maximum;
+};
+struct nbdhost_block_size nbdhost_call_block_size (nbdhost_ctx, void *fn,
+                                                   void *handle);
+/* In the v1 calls flags do not exist. */
+struct nbdhost_result nbdhost_call_pread (nbdhost_ctx, int worker, void *fn,
+                                          void *handle, void *buf,
+                                          uint32_t count, uint64_t offset,
+                                          uint32_t flags);
+struct nbdhost_result nbdhost_call_pwrite (nbdhost_ctx, int worker, void *fn,
+                                           void *handle, const void *buf,
+                                           uint32_t count, uint64_t offset,
+                                           uint32_t flags);
+struct nbdhost_result nbdhost_call_flush (nbdhost_ctx, int worker, void *fn,
+                                          void *handle, uint32_t flags);
+struct nbdhost_result nbdhost_call_range (nbdhost_ctx, int worker, void *fn,
+                                          void *handle, uint32_t count,
+                                          uint64_t offset, uint32_t flags);
+struct nbdhost_result nbdhost_call_extents (nbdhost_ctx, int worker, void *fn,
+                                            void *handle, uint32_t count,
+                                            uint64_t offset, uint32_t flags);
+struct nbdhost_result nbdhost_call_pread_v1 (nbdhost_ctx, int worker, void *fn,
+                                             void *handle, void *buf,
+                                             uint32_t count, uint64_t offset);
+struct nbdhost_result nbdhost_call_pwrite_v1 (nbdhost_ctx, int worker,
+                                              void *fn, void *handle,
+                                              const void *buf, uint32_t count,
+                                              uint64_t offset);
+struct nbdhost_result nbdhost_call_flush_v1 (nbdhost_ctx, int worker, void *fn,
+                                             void *handle);
+struct nbdhost_result nbdhost_call_trim_v1 (nbdhost_ctx, int worker, void *fn,
+                                            void *handle, uint32_t count,
+                                            uint64_t offset);
+struct nbdhost_result nbdhost_call_zero_v1 (nbdhost_ctx, int worker, void *fn,
+                                            void *handle, uint32_t count,
+                                            uint64_t offset, int may_trim);
+
+/* ---- lists (lists.c) ---- */
+
+struct nbdkit_extent {
+  uint64_t offset;
+  uint64_t length;
+  uint32_t type;
+};
+
+struct nbdkit_extents {
+  uint64_t start, end;         /* [start, end): what was asked for */
+  uint64_t next;               /* end of the last extent added, UINT64_MAX: none */
+  struct nbdkit_extent *list;
+  size_t len, cap;
+};
+
+struct nbdkit_export {
+  char *name;
+  char *description;           /* NULL: none */
+};
+
+struct nbdkit_exports {
+  struct nbdkit_export *list;
+  size_t len, cap;
+  bool use_default;
+};
+
+/* ---- the functions modules call ---- */
+
+PUBLIC void nbdkit_error (const char *fmt, ...) PRINTF (1, 2);
+PUBLIC void nbdkit_verror (const char *fmt, va_list) PRINTF (1, 0);
+PUBLIC void nbdkit_debug (const char *fmt, ...) PRINTF (1, 2);
+PUBLIC void nbdkit_vdebug (const char *fmt, va_list) PRINTF (1, 0);
+PUBLIC void nbdkit_debug_hexdump (const void *buf, size_t len,
+                                  const char *prefix, uint64_t start);
+PUBLIC void nbdkit_debug_hexdiff (const void *buf1, const void *buf2,
+                                  size_t len, const char *prefix,
+                                  uint64_t start);
+PUBLIC void nbdkit_set_error (int err);
+PUBLIC const char *nbdkit_timestamp (void);
+
+PUBLIC const char *nbdkit_name (void);
+PUBLIC int nbdkit_stdio_safe (void);
+PUBLIC int nbdkit_nanosleep (unsigned sec, unsigned nsec);
+PUBLIC void nbdkit_shutdown (void);
+PUBLIC void nbdkit_disconnect (int force);
+
+PUBLIC int64_t nbdkit_parse_size (const char *str);
+PUBLIC int nbdkit_parse_bool (const char *str);
+PUBLIC int nbdkit_parse_int (const char *what, const char *str, int *r);
+PUBLIC int nbdkit_parse_unsigned (const char *what, const char *str,
+                                  unsigned *r);
+PUBLIC int nbdkit_parse_int8_t (const char *what, const char *str, int8_t *r);
+PUBLIC int nbdkit_parse_uint8_t (const char *what, const char *str,
+                                 uint8_t *r);
+PUBLIC int nbdkit_parse_int16_t (const char *what, const char *str,
+                                 int16_t *r);
+PUBLIC int nbdkit_parse_uint16_t (const char *what, const char *str,
+                                  uint16_t *r);
+PUBLIC int nbdkit_parse_int32_t (const char *what, const char *str,
+                                 int32_t *r);
+PUBLIC int nbdkit_parse_uint32_t (const char *what, const char *str,
+                                  uint32_t *r);
+PUBLIC int nbdkit_parse_int64_t (const char *what, const char *str,
+                                 int64_t *r);
+PUBLIC int nbdkit_parse_uint64_t (const char *what, const char *str,
+                                  uint64_t *r);
+PUBLIC int nbdkit_parse_probability (const char *what, const char *str,
+                                     double *r);
+PUBLIC int nbdkit_parse_delay (const char *what, const char *str,
+                               unsigned *sec, unsigned *nsec);
+PUBLIC int nbdkit_read_password (const char *value, char **password);
+
+PUBLIC char *nbdkit_absolute_path (const char *path);
+PUBLIC char *nbdkit_realpath (const char *path);
+
+PUBLIC const char *nbdkit_strdup_intern (const char *str);
+PUBLIC const char *nbdkit_strndup_intern (const char *str, size_t n);
+PUBLIC const char *nbdkit_printf_intern (const char *fmt, ...) PRINTF (1, 2);
+PUBLIC const char *nbdkit_vprintf_intern (const char *fmt, va_list)
+  PRINTF (1, 0);
+
+PUBLIC const char *nbdkit_export_name (void);
+PUBLIC int nbdkit_is_tls (void);
+PUBLIC int nbdkit_peer_name (struct sockaddr *addr, socklen_t *addrlen);
+PUBLIC int64_t nbdkit_peer_pid (void);
+PUBLIC int64_t nbdkit_peer_uid (void);
+PUBLIC int64_t nbdkit_peer_gid (void);
+PUBLIC char *nbdkit_peer_security_context (void);
+PUBLIC char *nbdkit_peer_tls_dn (void);
+PUBLIC char *nbdkit_peer_tls_issuer_dn (void);
+
+PUBLIC struct nbdkit_extents *nbdkit_extents_new (uint64_t start,
+                                                  uint64_t end);
+PUBLIC void nbdkit_extents_free (struct nbdkit_extents *);
+PUBLIC size_t nbdkit_extents_count (const struct nbdkit_extents *);
+PUBLIC struct nbdkit_extent nbdkit_get_extent (const struct nbdkit_extents *,
+                                               size_t);
+PUBLIC int nbdkit_add_extent (struct nbdkit_extents *, uint64_t offset,
+                              uint64_t length, uint32_t type);
+
+PUBLIC struct nbdkit_exports *nbdkit_exports_new (void);
+PUBLIC void nbdkit_exports_free (struct nbdkit_exports *);
+PUBLIC size_t nbdkit_exports_count (const struct nbdkit_exports *);
+PUBLIC struct nbdkit_export nbdkit_get_export (const struct nbdkit_exports *,
+                                               size_t);
+PUBLIC int nbdkit_add_export (struct nbdkit_exports *, const char *name,
+                              const char *description);
+PUBLIC int nbdkit_use_default_export (struct nbdkit_exports *);
+
+/* For filters (filter.c). */
+struct nbdkit_backend;
+struct nbdkit_context;
+struct nbdkit_next_ops;
+
+PUBLIC struct nbdkit_extents *nbdkit_extents_full (struct nbdkit_next_ops *,
+                                                   uint32_t count,
+                                                   uint64_t offset,
+                                                   uint32_t flags, int *err);
+PUBLIC int nbdkit_extents_aligned (struct nbdkit_next_ops *, uint64_t count,
+                                   uint64_t offset, uint32_t flags,
+                                   uint32_t align, struct nbdkit_extents *,
+                                   int *err);
+PUBLIC struct nbdkit_backend *nbdkit_context_get_backend (
+    struct nbdkit_context *);
+PUBLIC struct nbdkit_next_ops *nbdkit_next_context_open (
+    struct nbdkit_backend *, int readonly, const char *exportname, int shared);
+PUBLIC void nbdkit_next_context_close (struct nbdkit_next_ops *);
+PUBLIC struct nbdkit_next_ops *nbdkit_context_set_next (
+    struct nbdkit_context *, struct nbdkit_next_ops *);
+
+#endif /* NBDHOST_SHIM_H */
