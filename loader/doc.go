@@ -1,0 +1,26 @@
+// Package loader finds nbdkit modules, loads them into the process and serves
+// each as a [backend.Backend].
+//
+// [Find] turns a name into a file, [Open] loads a plugin from it and checks it,
+// and the [Plugin] is then handed to [backend.NewChain], which takes it through
+// its life cycle. A module is never unloaded from memory: threads of its own and
+// of the libraries it brought may still run in it.
+//
+// # Goroutines
+//
+// [Init] comes first, then the settings, then Open. They, and the methods of
+// Plugin that are not given a [backend.Call], are called by the one goroutine
+// that is kept on the process's main thread: some modules insist on that thread,
+// and it is the one that runs their .load. What takes a Call runs on the thread
+// the goroutine happens to be on; all that the C side knows of the call is set
+// anew at each one. The functions of [Host] are called on any thread, also on
+// those that modules create.
+//
+// # Signals
+//
+// Modules change signal handlers that the Go runtime needs. Open records them
+// before the module is loaded, and they are put back after each step that is
+// known to change them: the loading itself, .load, .config, .config_complete,
+// .get_ready, .after_fork and the first .open. So os/signal must be set up
+// before Open.
+package loader

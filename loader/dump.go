@@ -1,0 +1,91 @@
+package loader
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"strings"
+
+	"nbdhost/backend"
+	"nbdhost/cshim"
+)
+
+// Dump writes what PLUGIN --dump-plugin prints, key=value lines which programs
+// parse (nbdkit-probing(1)), and then calls .dump_plugin, which prints to C's standard
+// output. So w should lead there too, and have no buffer of its own. model is the
+// one that the chain would be served with.
+func (p *Plugin) Dump(w io.Writer, model backend.ThreadModel) error {
+	b := bufio.NewWriter(w)
+	line := func(key string, value any) { fmt.Fprintf(b, "%s=%v\n", key, value) }
+	has := func(key string, ok bool) {
+		if ok {
+			line("has_"+key, 1)
+		}
+	}
+	line("path", realPath(p.path))
+	line("name", p.name)
+	if p.version != "" {
+		line("version", p.version)
+	}
+	line("api_version", p.raw.APIVersion)
+	line("struct_size", p.raw.StructSize)
+	line("max_thread_model", p.ThreadModel())
+	line("thread_model", model)
+	preserved := 0
+	if p.raw.ErrnoIsPreserved != 0 {
+		preserved = 1
+	}
+	line("errno_is_preserved", preserved)
+	if p.magicConfigKey != "" {
+		line("magic_config_key", p.magicConfigKey)
+	}
+	has("longname", p.longName != "")
+	has("description", p.description != "")
+	for cb, fn := range p.fn {
+		cb := backend.Callback(cb)
+		if !p.v1 || !hasV1(cb) {
+			has(cb.String(), fn != nil)
+		}
+		if cb == backend.ConfigComplete {
+			has("config_help", p.configHelp != "")
+		}
+	}
+	for cb, fn := range p.fn {
+		if cb := backend.Callback(cb); p.v1 && hasV1(cb) {
+			has("_"+cb.String()+"_v1", fn != nil)
+		}
+	}
+	if err := b.Flush(); err != nil {
+		return err
+	}
+	if p.Has(backend.DumpPlugin) {
+		cshim.CallVoid(nil, p.fn[backend.DumpPlugin])
+		flushC()
+	}
+	return nil
+}
+
+// hasV1 tells whether a callback had no flags in version 1 of the API.
+func hasV1(cb backend.Callback) bool {
+	switch cb {
+	case backend.Pread, backend.Pwrite, backend.Flush, backend.Trim, backend.Zero:
+		return true
+	}
+	return false
+}
+
+// Help returns what PLUGIN --help adds to the program's own help.
+func (p *Plugin) Help() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "plugin: %s", p.name)
+	if p.longName != "" {
+		fmt.Fprintf(&b, " (%s)", p.longName)
+	}
+	fmt.Fprintf(&b, "\n(%s)\n", p.path)
+	for _, text := range []string{p.description, p.configHelp} {
+		if text != "" {
+			b.WriteString(strings.TrimSuffix(text, "\n") + "\n")
+		}
+	}
+	return b.String()
+}

@@ -1,0 +1,204 @@
+package loader
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"syscall"
+)
+
+// Kind is what a module is.
+type Kind int
+
+// The kinds of modules.
+const (
+	PluginKind Kind = iota
+	FilterKind
+)
+
+func (k Kind) String() string {
+	if k == FilterKind {
+		return "filter"
+	}
+	return "plugin"
+}
+
+// Found is where a module is.
+type Found struct {
+	Path string // of the shared library
+	// Script is the script that the plugin is to run, or "". It is handed to
+	// the plugin as if it were the first parameter without a key, which means
+	// script=PATH where the plugin has no magic key.
+	Script string
+}
+
+// Find finds a module. A name with a "/" or a "." in it is the path of a shared
+// library. Any other is looked up as nbdkit-NAME-plugin.so or nbdkit-NAME-filter.so
+// in the directories that dirs lists (each may be several, separated by colons),
+// then in those of the environment variable NBDHOST_PLUGIN_PATH or
+// NBDHOST_FILTER_PATH, then where distributions install nbdkit's modules.
+//
+// A plugin may also be a script, nbdkit-NAME-plugin, whose first line is
+// "#!/usr/sbin/nbdkit LANGUAGE": the plugin found is then that of the language.
+//
+// The error is an [*Error] over [ErrNotFound] or what the system said.
+func Find(kind Kind, name string, dirs ...string) (Found, error) {
+	if strings.ContainsAny(name, "/.") {
+		return Found{Path: name}, nil
+	}
+	fail := func(format string, args ...any) (Found, error) {
+		return Found{}, &Error{Op: "find " + kind.String(), Path: name, Err: fmt.Errorf(format, args...)}
+	}
+	if name == "" {
+		return fail("%w: got an empty name: need the name or the path of a %v", ErrNotFound, kind)
+	}
+	path := searchPath(kind, dirs)
+	for _, dir := range path {
+		base := filepath.Join(dir, "nbdkit-"+name+"-"+kind.String())
+		if _, err := os.Stat(base + ".so"); err == nil {
+			return Found{Path: base + ".so"}, nil
+		} else if !notThere(err) {
+			return fail("%w", err)
+		}
+		if kind != PluginKind {
+			continue
+		}
+		language, err := interpreter(base)
+		if notThere(err) {
+			continue
+		} else if err != nil {
+			return fail("%w", err)
+		}
+		found, err := Find(kind, language, dirs...)
+		if err == nil && found.Script != "" {
+			return fail("%s is a script for %s, which is a script itself: need a script for a plugin that is a shared library", base, language)
+		}
+		found.Script = base
+		return found, err
+	}
+	return fail("%w: looked in %s: %s", ErrNotFound, strings.Join(path, ", "), advise(kind, name, path))
+}
+
+// notThere tells whether a file is absent, for whatever reason.
+func notThere(err error) bool {
+	return errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR)
+}
+
+// interpreter returns the plugin named by the first line of a script.
+func interpreter(script string) (string, error) {
+	f, err := os.Open(script)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return "", err
+	}
+	// The kernel reads no more of the line than 256 bytes.
+	line, _ := bufio.NewReaderSize(f, 256).ReadSlice('\n')
+	command, language, _ := strings.Cut(strings.TrimSpace(strings.TrimPrefix(string(line), "#!")), " ")
+	language = strings.TrimSpace(language)
+	program := filepath.Base(command)
+	switch {
+	case !strings.HasPrefix(string(line), "#!"), program != "nbdkit" && program != "nbdhost",
+		language == "", strings.ContainsAny(language, " \t/."):
+		return "", fmt.Errorf("read %s: got the first line %q: need \"#!/usr/sbin/nbdkit LANGUAGE\"", script, strings.TrimSpace(string(line)))
+	case st.Mode()&0o111 == 0:
+		return "", fmt.Errorf("read %s: the script is not executable: need the permission (chmod +x)", script)
+	}
+	return language, nil
+}
+
+// triplets are Debian's names of architectures in directories.
+var triplets = map[string]string{
+	"386": "i386-linux-gnu", "amd64": "x86_64-linux-gnu", "arm": "arm-linux-gnueabihf",
+	"arm64": "aarch64-linux-gnu", "loong64": "loongarch64-linux-gnu",
+	"mips64le": "mips64el-linux-gnuabi64", "ppc64le": "powerpc64le-linux-gnu",
+	"riscv64": "riscv64-linux-gnu", "s390x": "s390x-linux-gnu",
+}
+
+// searchPath returns the directories to look in, first to last.
+func searchPath(kind Kind, dirs []string) []string {
+	var path []string
+	add := func(list string) {
+		for dir := range strings.SplitSeq(list, ":") {
+			if dir != "" && !slices.Contains(path, dir) {
+				path = append(path, dir)
+			}
+		}
+	}
+	for _, list := range dirs {
+		add(list)
+	}
+	add(os.Getenv("NBDHOST_" + strings.ToUpper(kind.String()) + "_PATH"))
+	for _, prefix := range []string{"/usr", "/usr/local"} {
+		for _, lib := range []string{"lib/" + triplets[runtime.GOARCH], "lib64", "lib"} {
+			add(filepath.Join(prefix, lib, "nbdkit", kind.String()+"s"))
+		}
+	}
+	return path
+}
+
+// advise says what to do about a name that was not found.
+func advise(kind Kind, name string, path []string) string {
+	type candidate struct {
+		name     string
+		distance int
+	}
+	var near []candidate
+	installed := 0
+	for _, dir := range path {
+		entries, _ := os.ReadDir(dir) // one that cannot be read has nothing to offer
+		for _, e := range entries {
+			n, ok := strings.CutPrefix(strings.TrimSuffix(e.Name(), ".so"), "nbdkit-")
+			if n, ok = strings.CutSuffix(n, "-"+kind.String()); !ok {
+				continue
+			}
+			installed++
+			c := candidate{n, distance(strings.ToLower(name), strings.ToLower(n))}
+			if (c.distance <= max(1, len(name)/3) || strings.HasPrefix(n, name)) && !slices.Contains(near, c) {
+				near = append(near, c)
+			}
+		}
+	}
+	if len(near) > 0 {
+		slices.SortStableFunc(near, func(a, b candidate) int { return a.distance - b.distance })
+		var names []string
+		for _, c := range near[:min(3, len(near))] {
+			names = append(names, c.name)
+		}
+		return "did you mean " + strings.Join(names, " or ") + "?"
+	}
+	if installed == 0 {
+		return fmt.Sprintf("no %v is there: install the nbdkit package of your distribution, give the directory with --%v-path, or give the path of a .so file", kind, kind)
+	}
+	return fmt.Sprintf("install the package that has it, give its directory with --%v-path, or give the path of a .so file", kind)
+}
+
+// distance counts the letters to insert, delete or replace to make b of a.
+func distance(a, b string) int {
+	row := make([]int, len(b)+1) // row[j]: from the first i letters of a to the first j of b
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			cost := diagonal
+			if a[i] != b[j] {
+				cost++
+			}
+			diagonal = row[j+1]
+			row[j+1] = min(cost, row[j]+1, diagonal+1)
+		}
+	}
+	return row[len(b)]
+}

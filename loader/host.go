@@ -1,0 +1,105 @@
+package loader
+
+import (
+	"log/slog"
+	"sync"
+
+	"nbdhost/backend"
+	"nbdhost/cshim"
+)
+
+// Host is what modules ask of the program. The functions are called on any
+// thread, while it is inside C: they return soon and never wait for a module.
+type Host struct {
+	// Log takes one line of text from nbdkit_error (slog.LevelError) or
+	// nbdkit_debug (slog.LevelDebug). conn is the number of the connection, 0
+	// for none; worker is backend.Handshake outside the workers of a connection.
+	Log func(level slog.Level, conn uint64, worker int, text string)
+	// Shutdown asks for the server to stop, as nbdkit_shutdown(3) does.
+	Shutdown func()
+	// Name is what the user called the server, "" if he did not.
+	Name string
+}
+
+// Init prepares the process for modules. It comes before anything else here, once.
+func Init(h Host) error {
+	cshim.SetHost(cshim.Host{
+		Log: func(level cshim.Level, conn uint64, worker int, text string) {
+			if h.Log == nil {
+				return
+			}
+			l := slog.LevelDebug
+			if level == cshim.LevelError {
+				l = slog.LevelError
+			}
+			h.Log(l, conn, worker, text)
+		},
+		Shutdown: func() {
+			if h.Shutdown != nil {
+				h.Shutdown()
+			}
+		},
+		Disconnect: disconnect,
+		Name:       h.Name,
+	})
+	return cshim.Init()
+}
+
+// SetVerbose says whether modules' debug lines are wanted. They are not at first.
+func SetVerbose(on bool) { cshim.SetVerbose(on) }
+
+// SetStdioSafe says whether modules may use standard input and output while they
+// are configured (nbdkit_stdio_safe(3)). They may unless told otherwise.
+func SetStdioSafe(on bool) { cshim.SetStdioSafe(on) }
+
+// Quit ends every nbdkit_nanosleep(3), now and from now on. Call it when the server
+// begins to stop.
+func Quit() { cshim.SetQuit() }
+
+// Exit ends the process after what modules gave to atexit(3) has run.
+func Exit(code int) { cshim.Exit(code) }
+
+// conns holds the connections that modules know, by number: a module may ask for
+// one to be ended long after the call in which it saw it.
+var conns struct {
+	mu   sync.Mutex
+	byID map[uint64]*backend.Conn
+}
+
+func disconnect(id uint64, force bool) {
+	conns.mu.Lock()
+	c := conns.byID[id]
+	conns.mu.Unlock()
+	if c != nil && c.Disconnect != nil {
+		c.Disconnect(force)
+	}
+}
+
+// shimConn returns the C side of a connection in step with c.Conn, and makes it on
+// the connection's first call. Only calls of the handshake, which one goroutine
+// makes, use it; it is nil for a call on behalf of no connection.
+func shimConn(c *backend.Call) *cshim.Conn {
+	conn := c.Conn
+	if conn == nil {
+		return nil
+	}
+	s, ok := conn.Local.(*cshim.Conn)
+	if !ok {
+		s = cshim.NewConn(conn.ID, conn.FD)
+		conns.mu.Lock()
+		if conns.byID == nil {
+			conns.byID = map[uint64]*backend.Conn{}
+		}
+		conns.byID[conn.ID] = conn
+		conns.mu.Unlock()
+		conn.Local = s
+		conn.OnRelease = func() {
+			conns.mu.Lock()
+			delete(conns.byID, conn.ID)
+			conns.mu.Unlock()
+			s.Free()
+		}
+	}
+	s.SetTLS(conn.TLS)
+	return s
+}

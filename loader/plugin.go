@@ -1,0 +1,247 @@
+package loader
+
+import (
+	"fmt"
+	"sync"
+	"syscall"
+	"unsafe"
+
+	"nbdhost/abi"
+	"nbdhost/backend"
+	"nbdhost/cshim"
+)
+
+// errNotFast is the answer to a fast zero where the callback has no flags.
+const errNotFast = syscall.EOPNOTSUPP
+
+// A Plugin is a plugin that has been loaded and checked.
+type Plugin struct {
+	path string
+	lib  library
+	raw  abi.Plugin
+	v1   bool // the data callbacks have no flags
+	// fn holds the callbacks; those of version 1 stand where their successors do.
+	fn [backend.Cache + 1]unsafe.Pointer
+
+	name, longName, version, description string
+	configHelp, magicConfigKey           string
+
+	opened sync.Once
+}
+
+var _ backend.Backend = (*Plugin)(nil)
+
+// Open loads the plugin in the shared library at path and checks it. The code in
+// the library runs from here on. Errors are of type [*Error].
+func Open(path string) (*Plugin, error) {
+	p := &Plugin{path: path}
+	if err := p.open(); err != nil {
+		return nil, &Error{Op: "open plugin", Path: path, Err: err}
+	}
+	return p, nil
+}
+
+func (p *Plugin) open() (err error) {
+	cshim.SaveSignals()
+	defer cshim.RestoreSignals()
+	if p.lib, err = dlopen(p.path); err != nil {
+		return err
+	}
+	init := p.lib.lookup("plugin_init")
+	if init == nil {
+		if p.lib.lookup("filter_init") != nil {
+			return fmt.Errorf("%w: this is a filter: use it with --filter in front of a plugin", ErrNotModule)
+		}
+		return fmt.Errorf("%w: the library has no function plugin_init: need a library made with NBDKIT_REGISTER_PLUGIN", ErrNotModule)
+	}
+	plugin := call(init)
+	if plugin == nil {
+		return fmt.Errorf("%w: plugin_init returned NULL: the plugin refuses to be loaded", ErrNotModule)
+	}
+	if p.raw, err = abi.CopyPlugin(plugin); err != nil {
+		return err
+	}
+	p.read()
+	return p.check()
+}
+
+// read takes what is used later out of the plugin's struct.
+func (p *Plugin) read() {
+	r := &p.raw
+	p.name, p.longName = r.Name.String(), r.LongName.String()
+	p.version, p.description = r.Version.String(), r.Description.String()
+	p.configHelp, p.magicConfigKey = r.ConfigHelp.String(), r.MagicConfigKey.String()
+	p.fn = [...]unsafe.Pointer{
+		backend.Load: r.Load, backend.Unload: r.Unload, backend.DumpPlugin: r.DumpPlugin,
+		backend.Config: r.Config, backend.ConfigComplete: r.ConfigComplete,
+		backend.GetThreadModel: r.GetThreadModel,
+		backend.GetReady:       r.GetReady, backend.AfterFork: r.AfterFork, backend.Cleanup: r.Cleanup,
+		backend.Preconnect: r.Preconnect, backend.ListExports: r.ListExports,
+		backend.DefaultExport: r.DefaultExport,
+		backend.Open:          r.Open, backend.Close: r.Close,
+		backend.ExportDescription: r.ExportDescription, backend.GetSize: r.GetSize,
+		backend.BlockSizes: r.BlockSize,
+		backend.CanWrite:   r.CanWrite, backend.CanFlush: r.CanFlush,
+		backend.IsRotational: r.IsRotational, backend.CanTrim: r.CanTrim,
+		backend.CanZero: r.CanZero, backend.CanFastZero: r.CanFastZero,
+		backend.CanExtents: r.CanExtents, backend.CanFUA: r.CanFUA,
+		backend.CanMultiConn: r.CanMultiConn, backend.CanCache: r.CanCache,
+		backend.Pread: r.Pread, backend.Pwrite: r.Pwrite, backend.Flush: r.Flush,
+		backend.Trim: r.Trim, backend.Zero: r.Zero,
+		backend.GetExtents: r.Extents, backend.Cache: r.Cache,
+	}
+	if p.v1 = r.APIVersion == 1; p.v1 {
+		p.fn[backend.Pread], p.fn[backend.Pwrite] = r.PreadV1, r.PwriteV1
+		p.fn[backend.Flush], p.fn[backend.Trim], p.fn[backend.Zero] = r.FlushV1, r.TrimV1, r.ZeroV1
+	}
+}
+
+// check refuses a plugin that nbdkit would refuse, or that could not be served.
+func (p *Plugin) check() error {
+	if err := checkName(p.name); err != nil {
+		return err
+	}
+	if m := p.ThreadModel(); !m.Valid() {
+		return fmt.Errorf("%w: got thread model %d, need 0 (%v) to %d (%v)",
+			ErrInvalid, m, backend.SerializeConnections, backend.Parallel, backend.Parallel)
+	}
+	for _, cb := range []backend.Callback{backend.Open, backend.GetSize, backend.Pread} {
+		if !p.Has(cb) {
+			return fmt.Errorf("%w: %s has no .%v: need .open, .get_size and .pread", ErrMissingCallback, p.name, cb)
+		}
+	}
+	return nil
+}
+
+func checkName(name string) error {
+	if name == "" {
+		return fmt.Errorf("%w: .name is empty: need a name such as \"file\"", ErrInvalid)
+	}
+	for i, r := range []byte(name) {
+		alnum := r >= '0' && r <= '9' || r >= 'A' && r <= 'Z' || r >= 'a' && r <= 'z'
+		if !alnum && (r != '-' || i == 0) {
+			return fmt.Errorf("%w: got .name %q, need ASCII letters, digits and, after the first, dashes", ErrInvalid, name)
+		}
+	}
+	return nil
+}
+
+// outcome turns a failed call into an error. What the module said with
+// nbdkit_error has been logged.
+func (p *Plugin) outcome(cb backend.Callback, r cshim.Result) error {
+	if r.Ret >= 0 {
+		return nil
+	}
+	return p.failure(cb, r)
+}
+
+func (p *Plugin) failure(cb backend.Callback, r cshim.Result) error {
+	return &backend.Error{Module: p.name, Op: cb.String(), Errno: r.Errno, Msg: r.Msg}
+}
+
+// Path returns the path that the plugin was opened with.
+func (p *Plugin) Path() string { return p.path }
+
+// Name returns the plugin's own name, such as "file".
+func (p *Plugin) Name() string { return p.name }
+
+// LongName returns the plugin's long name, or "".
+func (p *Plugin) LongName() string { return p.longName }
+
+// Version returns the plugin's version, or "".
+func (p *Plugin) Version() string { return p.version }
+
+// Description returns what the plugin is for, or "".
+func (p *Plugin) Description() string { return p.description }
+
+// ConfigHelp returns the lines that describe the plugin's parameters, or "".
+func (p *Plugin) ConfigHelp() string { return p.configHelp }
+
+// MagicConfigKey returns the key of a parameter that is given without one, or "".
+func (p *Plugin) MagicConfigKey() string { return p.magicConfigKey }
+
+// Has tells whether the plugin has the callback, or its handle can answer for it.
+func (p *Plugin) Has(cb backend.Callback) bool {
+	return p.fn[cb] != nil || p.v1 && cb == backend.CanFastZero
+}
+
+// ThreadModel returns the model that the plugin was compiled with.
+func (p *Plugin) ThreadModel() backend.ThreadModel { return backend.ThreadModel(p.raw.ThreadModel) }
+
+// The life cycle.
+
+func (p *Plugin) Load() {
+	cshim.SaveSignals()
+	defer cshim.RestoreSignals()
+	cshim.CallVoid(nil, p.fn[backend.Load])
+}
+
+func (p *Plugin) Unload()  { cshim.CallVoid(nil, p.fn[backend.Unload]) }
+func (p *Plugin) Cleanup() { cshim.CallVoid(nil, p.fn[backend.Cleanup]) }
+
+func (p *Plugin) Config(key, value string) error {
+	defer cshim.RestoreSignals()
+	// Plugins keep the pointers, which nbdkit takes from its argv.
+	return p.outcome(backend.Config, cshim.CallConfig(nil, p.fn[backend.Config], cshim.NewCStr(key), cshim.NewCStr(value)))
+}
+
+func (p *Plugin) ConfigComplete() error { return p.step(backend.ConfigComplete) }
+func (p *Plugin) GetReady() error       { return p.step(backend.GetReady) }
+func (p *Plugin) AfterFork() error      { return p.step(backend.AfterFork) }
+
+func (p *Plugin) step(cb backend.Callback) error {
+	defer cshim.RestoreSignals()
+	return p.outcome(cb, cshim.CallInt(nil, p.fn[cb]))
+}
+
+func (p *Plugin) GetThreadModel() (backend.ThreadModel, error) {
+	r := cshim.CallInt(nil, p.fn[backend.GetThreadModel])
+	return backend.ThreadModel(r.Ret), p.outcome(backend.GetThreadModel, r)
+}
+
+// The handshake.
+
+// context returns what the module may know while no export is open.
+func (p *Plugin) context(c *backend.Call) *cshim.Context {
+	return cshim.NewContext(shimConn(c), "", false, p.raw.ErrnoIsPreserved != 0)
+}
+
+func (p *Plugin) Preconnect(c *backend.Call, readonly bool) error {
+	ctx := p.context(c)
+	defer ctx.Free()
+	return p.outcome(backend.Preconnect, cshim.CallPreconnect(ctx, p.fn[backend.Preconnect], readonly))
+}
+
+func (p *Plugin) ListExports(c *backend.Call, readonly bool) (list []backend.Export, useDefault bool, err error) {
+	ctx := p.context(c)
+	defer ctx.Free()
+	exports, r := cshim.CallListExports(ctx, p.fn[backend.ListExports], readonly, c.Conn.TLS)
+	if err := p.outcome(backend.ListExports, r); err != nil {
+		return nil, false, err
+	}
+	for _, e := range exports {
+		if e.Default {
+			useDefault = true
+			continue
+		}
+		list = append(list, backend.Export{Name: e.Name, Description: e.Description})
+	}
+	return list, useDefault, nil
+}
+
+func (p *Plugin) DefaultExport(c *backend.Call, readonly bool) (name string, ok bool) {
+	ctx := p.context(c)
+	defer ctx.Free()
+	return cshim.CallDefaultExport(ctx, p.fn[backend.DefaultExport], readonly, c.Conn.TLS)
+}
+
+func (p *Plugin) Open(c *backend.Call, readonly bool, export string) (backend.Handle, error) {
+	ctx := cshim.NewContext(shimConn(c), export, true, p.raw.ErrnoIsPreserved != 0)
+	r := cshim.CallOpen(ctx, p.fn[backend.Open], readonly)
+	p.opened.Do(cshim.RestoreSignals)
+	if r.Ptr == nil {
+		ctx.Free()
+		return nil, p.failure(backend.Open, r)
+	}
+	return &handle{p: p, ctx: ctx, ptr: r.Ptr}, nil
+}
