@@ -1,0 +1,78 @@
+package main
+
+import (
+	"fmt"
+	"strings"
+)
+
+const usageHead = `Usage: nbdhost [OPTIONS] PLUGIN [[KEY=]VALUE | @FILE]...
+       nbdhost PLUGIN --help | --version | --dump-plugin
+
+Nbdhost serves what an nbdkit plugin provides to clients of the NBD protocol.
+
+PLUGIN is a short name, such as file, or the path of a .so file. Parameters are
+the plugin's; a VALUE without a KEY belongs to the key that the plugin prefers.
+@FILE (with a / in it) reads parameters from a file, one on each line. Options
+and parameters may be mixed.
+`
+
+const usageTail = `
+Examples:
+  nbdhost file disk.img                    serve a file on port 10809
+  nbdhost -f -v -U /tmp/sock memory 1G     a RAM disk, with debug messages
+  nbdhost -r file disk.img --run 'nbdcopy "$uri" copy.img'
+                                           serve while a command runs
+  nbdhost file --help                      what parameters does a plugin have?
+
+Exit status: 0 after an orderly end, 1 after an error, with --run that of COMMAND.
+`
+
+// usage returns the text of --help.
+func usage() string {
+	const column = 29 // where descriptions begin
+	var b strings.Builder
+	b.WriteString(usageHead)
+	for _, group := range groups {
+		fmt.Fprintf(&b, "\n%s:\n", group)
+		for _, opt := range optionTable {
+			if opt.group != group {
+				continue
+			}
+			left := "      "
+			if opt.short != "" {
+				left = "  -" + opt.short + ", "
+			}
+			left += "--" + opt.names[0]
+			if opt.arg != "" {
+				left += "=" + opt.arg
+			}
+			if len(left) > column-2 {
+				fmt.Fprintf(&b, "%s\n", left)
+				left = ""
+			}
+			for line := range strings.SplitSeq(opt.help, "\n") {
+				fmt.Fprintf(&b, "%-*s%s\n", column, left, line)
+				left = ""
+			}
+		}
+	}
+	b.WriteString(usageTail)
+	return b.String()
+}
+
+// optionNames lists the long or the short options, one on each line.
+func optionNames(long bool) string {
+	var b strings.Builder
+	for _, opt := range optionTable {
+		switch {
+		case opt.group == "":
+		case long:
+			for _, name := range opt.names {
+				b.WriteString("--" + name + "\n")
+			}
+		case opt.short != "":
+			b.WriteString("-" + opt.short + "\n")
+		}
+	}
+	return b.String()
+}

@@ -1,0 +1,85 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"runtime"
+
+	"nbdhost/backend"
+	"nbdhost/loader"
+)
+
+// version is what --version shows; the linker may set it (-X main.version=...).
+var version = "0.1.0"
+
+// The main goroutine stays on the main thread, which some modules insist on.
+func init() { runtime.LockOSThread() }
+
+func main() {
+	code := run(os.Args, os.Stdout, os.Stderr)
+	if code == statusStuck {
+		// C's exit would run the handlers and destructors of a module that is
+		// still in the middle of a call.
+		os.Exit(1)
+	}
+	loader.Exit(code) // modules may have something to do at the end (atexit)
+}
+
+// statusStuck is no exit status: a module has not returned from a call.
+const statusStuck = -1
+
+// run does what the command line args says, args[0] being the program's name,
+// and returns the exit status or statusStuck. It is called once in a process.
+func run(args []string, stdout, stderr io.Writer) int {
+	code, err := dispatch(args, stdout, stderr)
+	if err == nil {
+		return code
+	}
+	if code == 0 {
+		code = 1
+	}
+	// What a module said about its error has been logged already.
+	if failed := (*backend.Error)(nil); !errors.As(err, &failed) || failed.Msg == "" {
+		fmt.Fprintf(stderr, "%s: error: %v\n", filepath.Base(args[0]), err)
+	}
+	return code
+}
+
+func dispatch(args []string, stdout, stderr io.Writer) (int, error) {
+	start, err := findStarter()
+	if err != nil {
+		return 1, err
+	}
+	o, err := parse(args[1:])
+	if err != nil {
+		return 1, err
+	}
+	switch {
+	case o.longOptions || o.shortOptions:
+		return 0, write(stdout, optionNames(o.longOptions))
+	case len(o.args) > 0:
+	case o.help:
+		return 0, write(stdout, usage())
+	case o.version:
+		return 0, write(stdout, "nbdhost "+version+"\n")
+	default:
+		return 1, errors.New("got no plugin: need the name of one, such as: nbdhost memory 1G; see --help")
+	}
+	if o.exitWithParent {
+		if err := exitWithParent(); err != nil {
+			return 1, err
+		}
+	}
+	if start == nil && !o.foreground && !o.help && !o.version && !o.dumpPlugin {
+		return background(args)
+	}
+	return serve(o, start, stdout, newLog(o, stderr))
+}
+
+func write(w io.Writer, text string) error {
+	_, err := io.WriteString(w, text)
+	return err
+}

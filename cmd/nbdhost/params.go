@@ -1,0 +1,94 @@
+package main
+
+import (
+	"bufio"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+)
+
+// maxParameterFiles is how deep @FILE parameters may be nested. More of them is
+// a file that includes itself.
+const maxParameterFiles = 16
+
+// expandParameters replaces each @FILE in args by the parameters in that file
+// (nbdkit(1), "@PATH"): one on each line, but for empty lines and those that begin
+// with #. An @FILE in a file is relative to the directory of that file.
+func expandParameters(args []string) ([]string, error) {
+	return expand(nil, args, "", 0)
+}
+
+func expand(list, args []string, dir string, depth int) ([]string, error) {
+	for _, arg := range args {
+		path, ok := strings.CutPrefix(arg, "@")
+		if !ok || !strings.Contains(path, "/") {
+			list = append(list, arg)
+			continue
+		}
+		if depth == maxParameterFiles {
+			return nil, fmt.Errorf("read parameters from %s: got files nested deeper than %d: need one that does not include itself", path, maxParameterFiles)
+		}
+		if !filepath.IsAbs(path) {
+			path = filepath.Join(dir, path)
+		}
+		lines, err := readLines(path)
+		if err != nil {
+			return nil, fmt.Errorf("read parameters: %w", err)
+		}
+		if list, err = expand(list, lines, filepath.Dir(path), depth+1); err != nil {
+			return nil, err
+		}
+	}
+	return list, nil
+}
+
+func readLines(path string) (lines []string, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	in := bufio.NewScanner(f)
+	in.Buffer(nil, 1<<20)
+	for in.Scan() {
+		if line := in.Text(); line != "" && line[0] != '#' {
+			lines = append(lines, line)
+		}
+	}
+	if err := in.Err(); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return lines, nil
+}
+
+// parseParameter splits KEY=VALUE. Where there is no key, magic is taken, the
+// plugin's magic_config_key; where that is empty too, the first parameter belongs
+// to "script" (nbdkit(1), "Magic parameters").
+func parseParameter(arg, magic string, first bool) (key, value string, err error) {
+	if key, value, ok := strings.Cut(arg, "="); ok && isKey(key) {
+		return key, value, nil
+	}
+	switch {
+	case magic != "":
+		return magic, arg, nil
+	case first:
+		return "script", arg, nil
+	}
+	return "", "", fmt.Errorf("read parameter: got %q: need KEY=VALUE, since the plugin takes no value without a key; see PLUGIN --help", arg)
+}
+
+// isKey tells whether s may be a key: a letter, then letters, digits and . _ -
+// (nbdkit-plugin(3), ".config").
+func isKey(s string) bool {
+	for i := range len(s) {
+		c := s[i] | 0x20
+		if c >= 'a' && c <= 'z' {
+			continue
+		}
+		if i == 0 || (s[i] < '0' || s[i] > '9') && !strings.ContainsRune("._-", rune(s[i])) {
+			return false
+		}
+	}
+	return s != ""
+}

@@ -1,0 +1,226 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"nbdhost/protocol"
+)
+
+// stopSignals end the server in an orderly way.
+var stopSignals = []os.Signal{unix.SIGINT, unix.SIGTERM, unix.SIGQUIT, unix.SIGHUP}
+
+// parentPID is who started us, as early as it can be known.
+var parentPID = os.Getppid()
+
+// exitWithParent makes the end of the parent process one of ours: SIGTERM comes.
+func exitWithParent() error {
+	if err := unix.Prctl(unix.PR_SET_PDEATHSIG, uintptr(unix.SIGTERM), 0, 0, 0); err != nil {
+		return fmt.Errorf("watch parent process: %w", err)
+	}
+	// It may have ended before the kernel knew that we care.
+	if os.Getppid() != parentPID {
+		return errors.New("watch parent process: it has ended already")
+	}
+	return nil
+}
+
+// readyVariable is how the process in the background is told the number of the
+// pipe into which it writes one byte when it is ready.
+const readyVariable = "NBDHOST_READY_FD"
+
+// background runs this program again, in the background, and returns the exit
+// status for this process: 0 once the other one is ready, else that one's. Both
+// have the same standard input, output and error until then.
+func background(args []string) (int, error) {
+	var pipe [2]int
+	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
+		return 1, fmt.Errorf("go to the background: %w", err)
+	}
+	ready := os.NewFile(uintptr(pipe[0]), "ready")
+	defer ready.Close()
+	// The child has the descriptor under the same number: those from 3 on may
+	// belong to the user, who names them in parameters.
+	if _, err := unix.FcntlInt(uintptr(pipe[1]), unix.F_SETFD, 0); err != nil {
+		return 1, fmt.Errorf("go to the background: %w", err)
+	}
+	child := &exec.Cmd{
+		Path: "/proc/self/exe", Args: args,
+		Env:   append(os.Environ(), readyVariable+"="+strconv.Itoa(pipe[1])),
+		Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr,
+	}
+	stop := make(chan os.Signal, 1)
+	signal.Notify(stop, stopSignals...)
+	if err := child.Start(); err != nil {
+		return 1, fmt.Errorf("go to the background: %w", err)
+	}
+	unix.Close(pipe[1])
+
+	isReady := make(chan bool, 1)
+	go func() {
+		n, _ := ready.Read(make([]byte, 1))
+		isReady <- n == 1
+	}()
+	ended := make(chan error, 1)
+	go func() { ended <- child.Wait() }()
+	for {
+		select {
+		case ok := <-isReady:
+			if ok {
+				return 0, nil
+			}
+			isReady = nil // the child is about to end
+		case <-ended:
+			select {
+			case ok := <-isReady: // both may have happened by now
+				if ok {
+					return 0, nil
+				}
+			default:
+			}
+			status, text := exitStatus(child.ProcessState)
+			if text != "" {
+				return status, errors.New("the server in the background " + text)
+			}
+			return status, nil
+		case s := <-stop:
+			child.Process.Signal(s)
+		}
+	}
+}
+
+// exitStatus returns the status to end with as the process did, the way a shell
+// has it, and a few words if a signal ended it.
+func exitStatus(p *os.ProcessState) (status int, text string) {
+	w := p.Sys().(syscall.WaitStatus)
+	if w.Signaled() {
+		return 128 + int(w.Signal()), fmt.Sprintf("was ended by signal %d (%v)", int(w.Signal()), w.Signal())
+	}
+	return w.ExitStatus(), ""
+}
+
+// starter is who waits in [background] for this process to be ready; nil if
+// nobody does.
+type starter struct{ pipe *os.File }
+
+// findStarter returns the starter of this process. It hides the way to it from
+// modules and the programs that they run.
+func findStarter() (*starter, error) {
+	v, ok := os.LookupEnv(readyVariable)
+	if !ok {
+		return nil, nil
+	}
+	os.Unsetenv(readyVariable)
+	fd, err := strconv.Atoi(v)
+	if err == nil {
+		_, err = unix.FcntlInt(uintptr(fd), unix.F_SETFD, unix.FD_CLOEXEC)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read %s: got %q: need a file descriptor; unset the variable", readyVariable, v)
+	}
+	return &starter{os.NewFile(uintptr(fd), "ready")}, nil
+}
+
+// detach leaves the starter's session and directory.
+func (s *starter) detach() error {
+	if _, err := unix.Setsid(); err != nil && err != unix.EPERM { // EPERM: we lead one already
+		return fmt.Errorf("start session: %w", err)
+	}
+	if err := os.Chdir("/"); err != nil {
+		return fmt.Errorf("leave directory: %w", err)
+	}
+	return nil
+}
+
+// ready gives up the standard streams, but for standard error where debug messages
+// go to it, and lets the starter end.
+func (s *starter) ready(keepStderr bool) error {
+	null, err := unix.Open(os.DevNull, unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open %s: %w", os.DevNull, err)
+	}
+	defer unix.Close(null)
+	last := 2
+	if keepStderr {
+		last = 1
+	}
+	for fd := 0; fd <= last; fd++ {
+		if err := unix.Dup3(null, fd, 0); err != nil {
+			return fmt.Errorf("give up standard streams: %w", err)
+		}
+	}
+	defer s.pipe.Close()
+	if _, err := s.pipe.Write([]byte{'\n'}); err != nil {
+		return fmt.Errorf("tell the starting process: %w", cause(err))
+	}
+	return nil
+}
+
+// writePidfile writes the process ID. Who sees the file sees all of it, unless it
+// is something else than a file.
+func writePidfile(path string) error {
+	content := []byte(strconv.Itoa(os.Getpid()) + "\n")
+	st, err := os.Lstat(path)
+	if err == nil && !st.Mode().IsRegular() {
+		if err := os.WriteFile(path, content, 0o644); err != nil {
+			return fmt.Errorf("write pidfile: %w", err)
+		}
+		return nil
+	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("write pidfile: %w", err)
+	}
+	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
+	if err != nil {
+		return fmt.Errorf("write pidfile %s: %w", path, cause(err))
+	}
+	_, err = f.Write(content)
+	if e := f.Chmod(0o644); err == nil {
+		err = e
+	}
+	if e := f.Close(); err == nil {
+		err = e
+	}
+	if err == nil {
+		err = os.Rename(f.Name(), path)
+	}
+	if err != nil {
+		os.Remove(f.Name())
+		return fmt.Errorf("write pidfile %s: %w", path, cause(err))
+	}
+	return nil
+}
+
+// runCommand starts the command of --run in a shell that knows where the server
+// is (nbdkit-captive(1)). The variables are the shell's own, not exported.
+func runCommand(command string, uri protocol.URI) (*exec.Cmd, error) {
+	port := ""
+	if uri.Transport == protocol.TransportTCP {
+		port = strconv.Itoa(int(uri.Port))
+	}
+	var b strings.Builder
+	for _, v := range [][2]string{
+		{"uri", uri.String()}, {"nbd", uri.String()}, {"port", port},
+		{"unixsocket", uri.Socket}, {"exportname", uri.Export},
+	} {
+		b.WriteString(v[0] + "=" + quote(v[1]) + "\n")
+	}
+	cmd := exec.Command("/bin/sh", "-c", b.String()+command)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("run command: %w", err)
+	}
+	return cmd, nil
+}
+
+// quote makes a text one word of a shell's command line.
+func quote(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }

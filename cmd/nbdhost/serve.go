@@ -1,0 +1,366 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/exec"
+	"os/signal"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"nbdhost/backend"
+	"nbdhost/loader"
+	"nbdhost/protocol"
+	"nbdhost/server"
+)
+
+// minProcs is the least number of processors for the Go scheduler: it keeps one
+// for a call that blocks in C until it notices.
+const minProcs = 8
+
+// serve opens the plugin and does with it what the options say, up to the end of
+// the process. start is whom to tell that it is ready, or nil.
+func serve(o *options, start *starter, stdout io.Writer, out *logHandler) (int, error) {
+	if os.Getenv("GOMAXPROCS") == "" && runtime.GOMAXPROCS(0) < minProcs {
+		runtime.GOMAXPROCS(minProcs)
+	}
+	// Files that plugins and we make do not depend on who starts the server.
+	unix.Umask(0o022)
+	if o.log != logDefault {
+		if err := out.logErrorsTo(o.log); err != nil {
+			return 1, err
+		}
+	}
+	log := slog.New(out)
+	var stop stopper
+	// Before a plugin is opened: from then on what plugins do to the handlers is
+	// undone, again and again.
+	stop.onSignals()
+	err := loader.Init(loader.Host{
+		Log:      out.fromModule,
+		Shutdown: stop.stop,
+		Name:     o.name,
+	})
+	if err != nil {
+		return 1, err
+	}
+	loader.SetVerbose(o.verbose)
+	log.Debug("nbdhost " + version)
+
+	found, err := loader.Find(loader.PluginKind, o.args[0], o.pluginPath...)
+	if err != nil {
+		return 1, err
+	}
+	log.Debug("registering plugin " + found.Path)
+	plugin, err := loader.Open(found.Path)
+	if err != nil {
+		return 1, err
+	}
+	log.Debug(fmt.Sprintf("registered plugin %s (name %s)", found.Path, plugin.Name()))
+	out.setModule(plugin.Name())
+	switch {
+	case o.help:
+		return 0, write(stdout, usage()+"\n"+plugin.Help())
+	case o.version:
+		return 0, write(stdout, strings.TrimSpace("nbdhost "+version+"\n"+plugin.Name()+" "+plugin.Version())+"\n")
+	}
+
+	args := o.args[1:]
+	if found.Script != "" {
+		args = append([]string{found.Script}, args...)
+	}
+	if args, err = expandParameters(args); err != nil {
+		return 1, err
+	}
+	chain := backend.NewChain(plugin, log, setDebugFlags(plugin, o.debug, log))
+	chain.Load()
+	code, err := serveLoaded(o, start, stdout, out, plugin, chain, args, &stop)
+	if code != statusStuck {
+		chain.Unload()
+	}
+	return code, err
+}
+
+// setDebugFlags sets the flags of the plugin and returns those of the server.
+func setDebugFlags(plugin *loader.Plugin, flags []loader.DebugFlag, log *slog.Logger) backend.Trace {
+	trace := backend.Trace{Control: true, Data: true}
+	var ofModules []loader.DebugFlag
+	var warnings []string
+	for _, f := range flags {
+		switch {
+		case f.Module != "nbdkit":
+			ofModules = append(ofModules, f)
+		case f.Flag == "backend.controlpath":
+			trace.Control = f.Value != 0
+		case f.Flag == "backend.datapath":
+			trace.Data = f.Value != 0
+		default:
+			warnings = append(warnings, fmt.Sprintf("debug flag -D %s.%s was not used", f.Module, f.Flag))
+		}
+	}
+	warnings = append(warnings, plugin.ApplyDebugFlags(ofModules)...)
+	for _, w := range append(warnings, loader.UnusedDebugFlags(ofModules)...) {
+		log.Warn(w)
+	}
+	return trace
+}
+
+// serveLoaded goes on from .load to the end of .cleanup.
+func serveLoaded(o *options, start *starter, stdout io.Writer, out *logHandler,
+	plugin *loader.Plugin, chain *backend.Chain, args []string, stop *stopper) (int, error) {
+	for i, arg := range args {
+		key, value, err := parseParameter(arg, plugin.MagicConfigKey(), i == 0)
+		if err != nil {
+			return 1, err
+		}
+		if err := chain.Config(key, value); err != nil {
+			return 1, err
+		}
+	}
+	if o.dumpPlugin {
+		// Scripts are loaded by now, but parameters that are missing do no harm.
+		if err := chain.SetThreadModel(backend.Parallel); err != nil {
+			return 1, err
+		}
+		return 0, plugin.Dump(stdout, chain.ThreadModel())
+	}
+	if err := chain.ConfigComplete(); err != nil {
+		return 1, err
+	}
+	if err := chain.SetThreadModel(backend.Parallel); err != nil {
+		return 1, err
+	}
+	if err := chain.GetReady(); err != nil {
+		return 1, err
+	}
+
+	stop.inOrder()
+	log := slog.New(out)
+	e, err := listen(o, log)
+	if err != nil {
+		return 1, err
+	}
+	defer e.remove()
+	if start != nil {
+		if err := start.detach(); err != nil {
+			e.abandon()
+			return 1, err
+		}
+		log.Debug(fmt.Sprintf("forked into background (new pid = %d)", os.Getpid()))
+	}
+	err = chain.AfterFork()
+	if err != nil {
+		e.abandon()
+		chain.Cleanup()
+		return 1, err
+	}
+	code, err := serveClients(o, start, stdout, out, chain, e, stop)
+	if code != statusStuck {
+		chain.Cleanup()
+	}
+	return code, err
+}
+
+// serveClients serves until somebody asks to stop and all clients are gone.
+func serveClients(o *options, start *starter, stdout io.Writer, out *logHandler,
+	chain *backend.Chain, e *endpoint, stop *stopper) (int, error) {
+	log := slog.New(out)
+	srv := server.New(server.Options{
+		Chain: chain, ReadOnly: o.readonly, Threads: o.threads, Log: log,
+		NoStructuredReplies: o.noSR, NoMetaContexts: o.noMC,
+		HandshakeMask:    ^protocol.HandshakeFlags(o.handshakeMask), // the server is told what to hide
+		HandshakeTimeout: o.timeout, DrainTimeout: o.drainTimeout,
+	})
+	var lost atomic.Bool // a listener
+	for _, l := range e.listeners {
+		go func() {
+			if err := srv.Serve(l); err != nil {
+				log.Error(fmt.Sprintf("accept connections on %v: %v", l.Addr(), err))
+				lost.Store(true)
+				srv.Shutdown()
+			}
+		}()
+	}
+	command, err := announce(o, start, stdout, out, e, stop.stop)
+	stop.attach(srv)
+	if err != nil {
+		srv.Shutdown()
+	}
+
+	<-srv.Quit()
+	log.Debug("shutting down")
+	loader.Quit()
+	command.terminate()
+	clean := srv.Wait()
+	code, text := command.wait(o.drainTimeout)
+	if text != "" {
+		log.Error("external command " + text)
+	}
+	switch {
+	case !clean:
+		log.Error(fmt.Sprintf("shut down: plugin %s has not returned from a call within the drain timeout of %v: "+
+			"exiting without .cleanup and .unload", chain.Name(), o.drainTimeout))
+		e.remove()
+		return statusStuck, nil
+	case err != nil:
+		e.abandon()
+		return 1, err
+	case lost.Load():
+		return 1, nil
+	}
+	return code, nil
+}
+
+// announce tells everybody who waits for it that clients are served, and starts
+// the command of --run. stop is called when that ends.
+func announce(o *options, start *starter, stdout io.Writer, out *logHandler, e *endpoint, stop func()) (_ *captive, err error) {
+	if o.printURI {
+		if err := write(stdout, uriText(e.uri.String())); err != nil {
+			return nil, fmt.Errorf("print URI: %w", err)
+		}
+	}
+	if o.pidfile != "" {
+		if err := writePidfile(o.pidfile); err != nil {
+			return nil, err
+		}
+		defer func() {
+			if err != nil {
+				os.Remove(o.pidfile)
+			}
+		}()
+		slog.New(out).Debug("written pidfile " + o.pidfile)
+	}
+	if start != nil {
+		if o.log == logDefault {
+			if err := out.logErrorsTo(logSyslog); err != nil {
+				return nil, err
+			}
+		}
+		if err := start.ready(o.verbose || o.log == logStderr); err != nil {
+			return nil, err
+		}
+	}
+	if o.captive {
+		return startCaptive(o.command, e.uri, stop)
+	}
+	return nil, nil
+}
+
+// uriText is what --print-uri writes: the URI, and how to use it in a shell.
+func uriText(uri string) string {
+	quoted := uri
+	if strings.ContainsAny(uri, "?&'()*;") {
+		quoted = `"` + uri + `"` // what a URI has that double quotes do not hide is %-encoded
+	}
+	return fmt.Sprintf("%s\nShell-quoted URI: %s\nCommand to query the NBD endpoint:\n  nbdinfo %s\n", uri, quoted, quoted)
+}
+
+// A stopper takes wishes for the server to stop, also while there is none yet.
+type stopper struct {
+	mu      sync.Mutex
+	ordered bool // there is something that needs an orderly end
+	asked   bool
+	srv     *server.Server
+}
+
+// onSignals makes the signals that stop the server do so. Up to inOrder, while
+// plugins may wait for anything in their configuration, they end the process.
+func (s *stopper) onSignals() {
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, stopSignals...)
+	go func() {
+		for sig := range signals {
+			s.mu.Lock()
+			ordered := s.ordered
+			s.mu.Unlock()
+			if !ordered {
+				os.Exit(128 + int(sig.(unix.Signal))) // as a shell has it
+			}
+			s.stop()
+		}
+	}()
+}
+
+func (s *stopper) inOrder() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.ordered = true
+}
+
+func (s *stopper) stop() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.asked = true
+	if s.srv != nil {
+		s.srv.Shutdown()
+	}
+}
+
+func (s *stopper) attach(srv *server.Server) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.srv = srv
+	if s.asked {
+		srv.Shutdown()
+	}
+}
+
+// A captive is the command of --run. The nil one is of a server without.
+type captive struct {
+	*exec.Cmd
+	ended      chan struct{} // closed once ProcessState is known
+	terminated bool          // by us
+}
+
+func startCaptive(command string, uri protocol.URI, stop func()) (*captive, error) {
+	cmd, err := runCommand(command, uri)
+	if err != nil {
+		return nil, err
+	}
+	c := &captive{Cmd: cmd, ended: make(chan struct{})}
+	go func() {
+		cmd.Wait() // the error is in ProcessState, too
+		close(c.ended)
+		stop()
+	}()
+	return c, nil
+}
+
+// terminate asks a command that is still running to end.
+func (c *captive) terminate() {
+	if c == nil {
+		return
+	}
+	select {
+	case <-c.ended:
+	default:
+		c.terminated = true
+		c.Process.Signal(unix.SIGTERM) // an error means that it has ended now
+	}
+}
+
+// wait waits until the command has ended, which it has to within limit once
+// terminate was called, and returns what [exitStatus] does.
+func (c *captive) wait(limit time.Duration) (status int, text string) {
+	if c == nil {
+		return 0, ""
+	}
+	select {
+	case <-c.ended:
+	case <-time.After(limit):
+		c.Process.Kill()
+		<-c.ended
+	}
+	status, text = exitStatus(c.ProcessState)
+	if c.terminated {
+		text = ""
+	}
+	return status, text
+}
