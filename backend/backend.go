@@ -111,8 +111,11 @@ func (c *Call) tracing() bool {
 	return c.Log != nil && c.Log.Enabled(context.Background(), slog.LevelDebug)
 }
 
-func (c *Call) tracef(format string, args ...any) {
-	c.Log.Debug(fmt.Sprintf(format, args...))
+// Debugf writes a debug line; the arguments are only formatted if it is wanted.
+func (c *Call) Debugf(format string, args ...any) {
+	if c.tracing() {
+		c.Log.Debug(fmt.Sprintf(format, args...))
+	}
 }
 
 // A Conn is what modules may know of a connection and do to it. The server makes

@@ -127,8 +127,8 @@ func (ch *Chain) Unload() {
 }
 
 func (ch *Chain) traceCall(c *Call, format string, args ...any) {
-	if ch.trace.Control && c.tracing() {
-		c.tracef(format, args...)
+	if ch.trace.Control {
+		c.Debugf(format, args...)
 	}
 }
 

@@ -9,7 +9,7 @@ import (
 // network has been checked by the server, but one from a filter has not.
 
 func (s *Session) traceData(c *Call, format string, args ...any) {
-	c.tracef(format, append([]any{s.module.Name()}, args...)...)
+	c.Debugf(format, append([]any{s.module.Name()}, args...)...)
 }
 
 func (s *Session) tracing(c *Call) bool { return s.chain.trace.Data && c.tracing() }

@@ -47,9 +47,7 @@ func newSession(ch *Chain, module Backend, h Handle, readonly bool, export strin
 func (s *Session) Export() string { return s.export }
 
 func (s *Session) traceControl(c *Call, cb Callback) {
-	if s.chain.trace.Control && c.tracing() {
-		c.tracef("%s: %s", s.module.Name(), cb)
-	}
+	s.chain.traceCall(c, "%s: %s", s.module.Name(), cb)
 }
 
 // errorf makes an error of the session's own and logs it, as a module's
@@ -67,9 +65,7 @@ func reported(c *Call, e *Error) *Error {
 
 // Prepare completes the opening.
 func (s *Session) Prepare(c *Call) error {
-	if s.chain.trace.Control && c.tracing() {
-		c.tracef("%s: prepare readonly=%d", s.module.Name(), digit(s.readonly))
-	}
+	s.chain.traceCall(c, "%s: prepare readonly=%d", s.module.Name(), digit(s.readonly))
 	return nil
 }
 
@@ -114,9 +110,7 @@ func (s *Session) ExportDescription(c *Call) (text string, ok bool) {
 		}
 		text, ok := s.handle.ExportDescription(c)
 		if len(text) > MaxString {
-			if s.chain.trace.Control && c.tracing() {
-				c.tracef("%s: export_description: ignoring invalid string", s.module.Name())
-			}
+			s.chain.traceCall(c, "%s: export_description: ignoring invalid string", s.module.Name())
 			return
 		}
 		s.description.text, s.description.ok = text, ok

@@ -1,8 +1,6 @@
 package server
 
 import (
-	"context"
-	"fmt"
 	"log/slog"
 	"net"
 	"sync"
@@ -70,13 +68,6 @@ func newConn(s *Server, id uint64, nc net.Conn) *conn {
 	return c
 }
 
-// debugf writes a debug line; the arguments are only formatted if it is wanted.
-func (c *conn) debugf(format string, args ...any) {
-	if c.log.Enabled(context.Background(), slog.LevelDebug) {
-		c.log.Debug(fmt.Sprintf(format, args...))
-	}
-}
-
 // serve takes the connection from preconnect to close.
 func (c *conn) serve() {
 	defer c.s.forget(c)
@@ -88,16 +79,16 @@ func (c *conn) serve() {
 	defer c.peer.Release()
 
 	if err := c.preconnect(); err != nil {
-		c.debugf("preconnect refused the connection: %v", err)
+		c.call.Debugf("preconnect refused the connection: %v", err)
 		return
 	}
 	r := newReader(c)
 	defer r.in.release()
 	if err := c.handshake(&r.in); err != nil {
-		c.debugf("handshake: %v", err)
+		c.call.Debugf("handshake: %v", err)
 		return
 	}
-	c.debugf("handshake complete, processing requests with %d threads", c.s.opts.Threads)
+	c.call.Debugf("handshake complete, processing requests with %d threads", c.s.opts.Threads)
 	c.transmit(r)
 	c.closeSession()
 }

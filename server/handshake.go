@@ -51,7 +51,7 @@ func (c *conn) handshake(in *input) error {
 
 func (n *negotiation) negotiate() error {
 	greeting := protocol.Greeting{Flags: (protocol.FlagFixedNewstyle | protocol.FlagNoZeroes) &^ n.c.s.opts.HandshakeMask}
-	n.c.debugf("newstyle negotiation: flags: global %#x", uint16(greeting.Flags))
+	n.c.call.Debugf("newstyle negotiation: flags: global %#x", uint16(greeting.Flags))
 	if err := n.write(greeting.AppendTo(nil)); err != nil {
 		return err
 	}
@@ -64,7 +64,7 @@ func (n *negotiation) negotiate() error {
 		return err
 	}
 	n.in.take(protocol.ClientFlagsSize)
-	n.c.debugf("newstyle negotiation: client flags: %#x", uint32(flags))
+	n.c.call.Debugf("newstyle negotiation: client flags: %#x", uint32(flags))
 	if unknown := flags &^ protocol.ClientFlags(greeting.Flags); unknown != 0 {
 		return fmt.Errorf("client flags: got %v, need none that the server did not offer (%v)", flags, greeting.Flags)
 	}
@@ -182,13 +182,13 @@ func (n *negotiation) append(opt protocol.Option, typ protocol.OptionReply, data
 }
 
 func (n *negotiation) accept(opt protocol.Option) {
-	n.c.debugf("replying to %v with %v", opt, protocol.RepAck)
+	n.c.call.Debugf("replying to %v with %v", opt, protocol.RepAck)
 	n.append(opt, protocol.RepAck, nil)
 }
 
 // refuse answers with an error and a text for people.
 func (n *negotiation) refuse(opt protocol.Option, typ protocol.OptionReply, why string) {
-	n.c.debugf("replying to %v with %v: %s", opt, typ, why)
+	n.c.call.Debugf("replying to %v with %v: %s", opt, typ, why)
 	n.append(opt, typ, []byte(why[:min(len(why), protocol.MaxStringLength)]))
 }
 
@@ -228,7 +228,7 @@ func (n *negotiation) metaContext(opt protocol.Option, data []byte) {
 		n.refuse(opt, protocol.RepErrInvalid, err.Error())
 		return
 	}
-	n.c.debugf("newstyle negotiation: %v: client requested export '%s' with %d queries", opt, q.Export, len(q.Queries))
+	n.c.call.Debugf("newstyle negotiation: %v: client requested export '%s' with %d queries", opt, q.Export, len(q.Queries))
 	match := len(q.Queries) == 0 && !set
 	for _, query := range q.Queries {
 		match = match || query == protocol.ContextBaseAllocation || query == "base:" && !set
@@ -257,7 +257,7 @@ func badName(name string) string {
 
 // exportName is NBD_OPT_EXPORT_NAME, which has no reply for an error.
 func (n *negotiation) exportName(name string) error {
-	n.c.debugf("newstyle negotiation: %v: client requested export '%s'", protocol.OptExportName, name)
+	n.c.call.Debugf("newstyle negotiation: %v: client requested export '%s'", protocol.OptExportName, name)
 	if why := badName(name); why != "" {
 		return errors.New(why)
 	}
@@ -285,7 +285,7 @@ func (n *negotiation) info(opt protocol.Option, data []byte) (over bool, err err
 		n.refuse(opt, protocol.RepErrInvalid, err.Error())
 		return false, nil
 	}
-	c.debugf("newstyle negotiation: %v: client requested export '%s'", opt, q.Export)
+	c.call.Debugf("newstyle negotiation: %v: client requested export '%s'", opt, q.Export)
 	if why := badName(q.Export); why != "" {
 		n.refuse(opt, protocol.RepErrInvalid, why)
 		return false, nil
@@ -366,7 +366,7 @@ func (n *negotiation) settle(name string, caps backend.Caps) protocol.ExportFlag
 	set(caps.MultiConn, protocol.FlagCanMultiConn)
 	set(caps.Cache != backend.None, protocol.FlagSendCache)
 	set(n.structured, protocol.FlagSendDF)
-	n.c.debugf("newstyle negotiation: flags: export %#x", uint16(f))
+	n.c.call.Debugf("newstyle negotiation: flags: export %#x", uint16(f))
 	n.c.negotiated = protocol.Negotiated{
 		Size: caps.Size, Flags: f, StructuredReplies: n.structured,
 		MetaContexts: n.contextFor != nil && *n.contextFor == name,

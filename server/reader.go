@@ -88,7 +88,7 @@ func (r *reader) loop() bool {
 		}
 		r.in.take(protocol.RequestSize)
 		if r.req.Type == protocol.CmdDisc {
-			r.c.debugf("client sent %v, closing connection", r.req.Type)
+			r.call.Debugf("client sent %v, closing connection", r.req.Type)
 			return true
 		}
 		over, err := r.request()
@@ -125,11 +125,11 @@ func (r *reader) wait(n int) error {
 func (r *reader) ended(err error) {
 	switch {
 	case err == io.EOF:
-		r.c.debugf("client closed input socket, closing connection")
+		r.call.Debugf("client closed input socket, closing connection")
 	case status(r.c.status.Load()) == dead:
-		r.c.debugf("connection was cut off")
+		r.call.Debugf("connection was cut off")
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		r.c.debugf("server stops, closing connection")
+		r.call.Debugf("server stops, closing connection")
 	default:
 		r.c.log.Error("receive request: " + err.Error() + "; closing the connection")
 	}
@@ -218,8 +218,8 @@ func (r *reader) inline(payload []byte) (over bool, err error) {
 
 // finishTaken replies to a call that lost the connection.
 func (r *reader) finishTaken() error {
-	r.moving.Lock() // the watcher has finished
-	r.moving.Unlock()
+	r.moving.Lock() // waits until the watcher has finished
+	defer r.moving.Unlock()
 	// What was before it in the batch has been sent by the next reader.
 	r.out.start = r.at
 	err := r.finish()

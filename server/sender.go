@@ -148,7 +148,7 @@ func (s *sender) writeAll(queue []batch) {
 // failed gives the connection up: the reader will find it closed.
 func (s *sender) failed(err error) {
 	if status(s.c.status.Load()) != dead {
-		s.c.debugf("write reply: %v", err)
+		s.c.call.Debugf("write reply: %v", err)
 		s.c.disconnect(true)
 	}
 }

@@ -98,7 +98,7 @@ func (c *conn) work(j job) {
 	defer c.calling.Done()
 	t := &task{}
 	t.init(c)
-	c.debugf("starting worker thread %s.%d", c.s.opts.Chain.Name(), t.call.Worker)
+	c.call.Debugf("starting worker thread %s.%d", c.s.opts.Chain.Name(), t.call.Worker)
 	for ok := true; ok; j, ok = <-c.jobs {
 		t.do(j)
 	}
