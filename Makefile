@@ -1,0 +1,73 @@
+# What to type: make run, make test, make lint, make fuzz, make image.
+# Everything installs what it needs where it may (root on Debian), and says what
+# is missing where it may not.
+
+GO     ?= go
+BIN     = bin/nbdhost
+FUZZTIME ?= 1m
+
+RUN_PACKAGES  = gcc libc6-dev nbdkit libnbd-bin
+TEST_PACKAGES = $(RUN_PACKAGES) binutils nbdkit-plugin-dev libnbd0 python3-libnbd qemu-utils fio \
+	e2fsprogs dosfstools mtools genisoimage strace
+
+.PHONY: all build run test lint fuzz clean
+all: build
+
+# install PACKAGES, those of them that are missing. dpkg-query exits with an error
+# for packages it does not know; what counts is which are installed.
+define install
+	@missing=$$(for p in $(1); do \
+	    dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
+	if [ -z "$$missing" ]; then :; \
+	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "installing" $$missing; \
+	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	      apt-get install -y -qq --no-install-recommends $$missing; } >/dev/null || exit 1; \
+	else \
+	    echo "make: error: these Debian packages are missing:" $$missing >&2; \
+	    echo "install them as root: apt-get install" $$missing >&2; exit 1; \
+	fi
+endef
+
+build:
+	$(GO) build -trimpath -o $(BIN) ./cmd/nbdhost
+
+# Serves 1 GiB of memory on a Unix socket until Ctrl-C.
+run:
+	$(call install,$(RUN_PACKAGES))
+	$(MAKE) --no-print-directory build
+	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && trap : INT TERM && \
+	echo "serving 1 GiB of memory; in another terminal try:" && \
+	echo "    nbdinfo 'nbd+unix:///?socket=$$dir/nbd.sock'" && \
+	echo "    nbdcopy /etc/services 'nbd+unix:///?socket=$$dir/nbd.sock'" && \
+	echo "Ctrl-C stops it." && \
+	$(BIN) --foreground --unix "$$dir/nbd.sock" memory 1G
+
+# -race needs cgo; the packages without C are tested without it as well.
+# The leak checks of LeakSanitizer know nothing of Go's memory.
+test:
+	$(call install,$(TEST_PACKAGES))
+	$(MAKE) --no-print-directory build
+	$(GO) test -race -shuffle=on ./...
+	CGO_ENABLED=0 $(GO) test -shuffle=on ./protocol ./backend ./server ./client
+	GOMAXPROCS=1 $(GO) test -shuffle=on ./backend ./server
+	ASAN_OPTIONS=detect_leaks=0 $(GO) test -asan -shuffle=on ./abi ./cshim ./loader
+
+lint:
+	@test -z "$$(gofmt -l .)" || { gofmt -d .; exit 1; }
+	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+	$(GO) mod tidy -diff
+	$(GO) mod verify
+
+# Every fuzz target for FUZZTIME each.
+fuzz:
+	@for pkg in $$($(GO) list ./...); do \
+	    for target in $$($(GO) test -list '^Fuzz' $$pkg | grep '^Fuzz'); do \
+	        echo "$$pkg $$target"; \
+	        $(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 1s $$pkg || exit 1; \
+	    done; \
+	done
+
+clean:
+	rm -rf bin
