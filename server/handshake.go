@@ -37,9 +37,11 @@ func (c *conn) handshake(in *input) error {
 	if t := c.s.opts.HandshakeTimeout; t > 0 {
 		_ = c.nc.SetDeadline(time.Now().Add(t)) // fails only on a closed connection
 	}
-	n := &negotiation{c: c, in: in}
-	err := n.negotiate()
-	if err != nil {
+	negotiate := (&negotiation{c: c, in: in}).negotiate
+	if c.s.opts.Oldstyle {
+		negotiate = c.oldstyle
+	}
+	if err := negotiate(); err != nil {
 		return err
 	}
 	_ = c.nc.SetDeadline(time.Time{})

@@ -26,6 +26,9 @@ type Options struct {
 	Log *slog.Logger
 	// NoStructuredReplies and NoMetaContexts refuse these options.
 	NoStructuredReplies, NoMetaContexts bool
+	// Oldstyle speaks the oldstyle protocol, which has no options: every client
+	// gets the default export.
+	Oldstyle bool
 	// HandshakeMask hides handshake flags that would be offered otherwise.
 	HandshakeMask protocol.HandshakeFlags
 	// HandshakeTimeout is how long a client may take from the connection to
