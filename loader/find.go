@@ -116,6 +116,17 @@ func interpreter(script string) (string, error) {
 	return language, nil
 }
 
+// Directory returns where modules are, or would be, if no other directory is given.
+func Directory(kind Kind) string {
+	path := searchPath(kind, nil)
+	for _, dir := range path {
+		if st, err := os.Stat(dir); err == nil && st.IsDir() {
+			return dir
+		}
+	}
+	return path[0]
+}
+
 // triplets are Debian's names of architectures in directories.
 var triplets = map[string]string{
 	"386": "i386-linux-gnu", "amd64": "x86_64-linux-gnu", "arm": "arm-linux-gnueabihf",
@@ -146,40 +157,64 @@ func searchPath(kind Kind, dirs []string) []string {
 	return path
 }
 
-// advise says what to do about a name that was not found.
-func advise(kind Kind, name string, path []string) string {
-	type candidate struct {
-		name     string
-		distance int
-	}
-	var near []candidate
-	installed := 0
+// Installed returns the names of the modules that [Find] finds with these
+// directories, in order.
+func Installed(kind Kind, dirs ...string) []string { return installed(kind, searchPath(kind, dirs)) }
+
+func installed(kind Kind, path []string) (names []string) {
 	for _, dir := range path {
 		entries, _ := os.ReadDir(dir) // one that cannot be read has nothing to offer
 		for _, e := range entries {
-			n, ok := strings.CutPrefix(strings.TrimSuffix(e.Name(), ".so"), "nbdkit-")
-			if n, ok = strings.CutSuffix(n, "-"+kind.String()); !ok {
-				continue
-			}
-			installed++
-			c := candidate{n, distance(strings.ToLower(name), strings.ToLower(n))}
-			if (c.distance <= max(1, len(name)/3) || strings.HasPrefix(n, name)) && !slices.Contains(near, c) {
-				near = append(near, c)
+			base, isLibrary := strings.CutSuffix(e.Name(), ".so")
+			name, ok := strings.CutPrefix(base, "nbdkit-")
+			name, isKind := strings.CutSuffix(name, "-"+kind.String())
+			if ok && isKind && (isLibrary || kind == PluginKind) {
+				names = append(names, name)
 			}
 		}
 	}
-	if len(near) > 0 {
-		slices.SortStableFunc(near, func(a, b candidate) int { return a.distance - b.distance })
-		var names []string
-		for _, c := range near[:min(3, len(near))] {
-			names = append(names, c.name)
+	slices.Sort(names)
+	return slices.Compact(names)
+}
+
+// advise says what to do about a name that was not found.
+func advise(kind Kind, name string, path []string) string {
+	if other := PluginKind + FilterKind - kind; slices.Contains(Installed(other), name) {
+		if other == FilterKind {
+			return fmt.Sprintf("%s is a filter: put it before a plugin with --filter=%s", name, name)
 		}
-		return "did you mean " + strings.Join(names, " or ") + "?"
+		return name + " is a plugin: give it without --filter"
 	}
-	if installed == 0 {
+	names := installed(kind, path)
+	if pkg := debianPackage(kind, name); pkg != "" {
+		if len(names) > 0 && pkg == debianBase {
+			return fmt.Sprintf("this release of the package %s does not have it: install a newer one, give the directory with --%v-path, or give the path of a .so file", pkg, kind)
+		}
+		return fmt.Sprintf("the package that has it on Debian is %s (apt-get install %s)", pkg, pkg)
+	}
+	if near := Nearest(name, names); len(near) > 0 {
+		return "did you mean " + strings.Join(near, " or ") + "?"
+	}
+	if len(names) == 0 {
 		return fmt.Sprintf("no %v is there: install the nbdkit package of your distribution, give the directory with --%v-path, or give the path of a .so file", kind, kind)
 	}
 	return fmt.Sprintf("install the package that has it, give its directory with --%v-path, or give the path of a .so file", kind)
+}
+
+// Nearest returns those of names that a slip of the keyboard may have meant, at
+// most three, the nearest first: names that differ in few letters, and those
+// that begin with name.
+func Nearest(name string, names []string) (nearest []string) {
+	distances := map[string]int{}
+	for _, n := range names {
+		d := distance(strings.ToLower(name), strings.ToLower(n))
+		if d <= max(1, len(name)/3) || name != "" && strings.HasPrefix(n, name) {
+			distances[n] = d
+			nearest = append(nearest, n)
+		}
+	}
+	slices.SortStableFunc(nearest, func(a, b string) int { return distances[a] - distances[b] })
+	return nearest[:min(3, len(nearest))]
 }
 
 // distance counts the letters to insert, delete or replace to make b of a.

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -92,6 +93,11 @@ func TestFind(t *testing.T) {
 		{PluginKind, "scrip", nil, "", "", "did you mean script or script2?"},
 		{PluginKind, "xyzzyx", []string{in("a")}, "", "", in("a") + ", " + in("c") + ", /usr/lib/"},
 		{PluginKind, "xyzzyx", nil, "", "", "give its directory with --plugin-path"},
+		{PluginKind, "libvirt", nil, "", "", "apt-get install nbdkit-plugin-libvirt"},
+		{PluginKind, "vram", nil, "", "", "this release of the package nbdkit does not have it: install a newer one"},
+		{FilterKind, "indexed-gzip", nil, "", "", "this release of the package nbdkit does not have it"},
+		{PluginKind, "readahead", nil, "", "", "readahead is a filter: put it before a plugin with --filter=readahead"},
+		{FilterKind, "three", nil, "", "", "three is a plugin: give it without --filter"},
 		{FilterKind, "readhead", nil, "", "", "did you mean readahead?"},
 		{FilterKind, "xyzzyx", nil, "", "", "--filter-path"},
 	} {
@@ -117,6 +123,19 @@ func TestFindPath(t *testing.T) {
 		if got, err := Find(PluginKind, name); err != nil || got != (Found{Path: name}) {
 			t.Errorf("%q: got %+v, %v", name, got, err)
 		}
+	}
+}
+
+func TestInstalled(t *testing.T) {
+	root := tree(t, map[string]string{
+		"nbdkit-b-plugin.so": "", "nbdkit-a-plugin": "", "nbdkit-b-plugin": "", "nbdkit-c-filter.so": "",
+		"nbdkit-d-filter": "", "other-e-plugin.so": "", "nbdkit-plugin.so": "",
+	})
+	if got := installed(PluginKind, []string{root, root + "/none"}); !slices.Equal(got, []string{"a", "b"}) {
+		t.Errorf("plugins: got %q", got)
+	}
+	if got := installed(FilterKind, []string{root}); !slices.Equal(got, []string{"c"}) {
+		t.Errorf("filters: got %q", got)
 	}
 }
 

@@ -5,33 +5,38 @@ import (
 	"strings"
 )
 
-const usageHead = `Usage: nbdhost [OPTIONS] PLUGIN [[KEY=]VALUE | @FILE]...
-       nbdhost PLUGIN --help | --version | --dump-plugin
+// What --help and the manual page have in common, besides the options.
 
-Nbdhost serves what an nbdkit plugin provides to clients of the NBD protocol.
+const summary = "Nbdhost serves what an nbdkit plugin provides to clients of the NBD protocol."
 
-PLUGIN is a short name, such as file, or the path of a .so file. Parameters are
+const aboutArguments = `PLUGIN is a short name, such as file, or the path of a .so file. Parameters are
 the plugin's; a VALUE without a KEY belongs to the key that the plugin prefers.
 @FILE (with a / in it) reads parameters from a file, one on each line. Options
-and parameters may be mixed.
-`
+and parameters may be mixed.`
 
-const usageTail = `
-Examples:
-  nbdhost file disk.img                    serve a file on port 10809
-  nbdhost -f -v -U /tmp/sock memory 1G     a RAM disk, with debug messages
-  nbdhost -r file disk.img --run 'nbdcopy "$uri" copy.img'
-                                           serve while a command runs
-  nbdhost file --help                      what parameters does a plugin have?
+var examples = []struct{ command, what string }{
+	{"nbdhost file disk.img", "serve a file on port 10809"},
+	{"nbdhost -f -v -U /tmp/sock memory 1G", "a RAM disk, with debug messages"},
+	{`nbdhost -r file disk.img --run 'nbdcopy "$uri" copy.img'`, "serve while a command runs"},
+	{"nbdhost --exit-with-parent -U - --print-uri memory 1G", "for a program that starts it"},
+	{"nbdhost file --help", "what parameters does a plugin have?"},
+	{"nbdhost --list", "what plugins are there?"},
+}
 
-Exit status: 0 after an orderly end, 1 after an error, with --run that of COMMAND.
-`
+const exitStatus0 = "0 after an orderly end, 1 after an error, with --run that of COMMAND."
 
 // usage returns the text of --help.
 func usage() string {
 	const column = 29 // where descriptions begin
 	var b strings.Builder
-	b.WriteString(usageHead)
+	fmt.Fprintf(&b, `Usage: nbdhost [OPTIONS] PLUGIN [[KEY=]VALUE | @FILE]...
+       nbdhost PLUGIN --help | --version | --dump-plugin
+       nbdhost --list | --dump-config | --completion=SHELL | --man
+
+%s
+
+%s
+`, summary, aboutArguments)
 	for _, group := range groups {
 		fmt.Fprintf(&b, "\n%s:\n", group)
 		for _, opt := range optionTable {
@@ -56,7 +61,17 @@ func usage() string {
 			}
 		}
 	}
-	b.WriteString(usageTail)
+	b.WriteString("\nExamples:\n")
+	for _, e := range examples {
+		const column = 43
+		left := "  " + e.command
+		if len(left) > column-2 {
+			b.WriteString(left + "\n")
+			left = ""
+		}
+		fmt.Fprintf(&b, "%-*s%s\n", column, left, e.what)
+	}
+	fmt.Fprintf(&b, "\nExit status: %s\nThe manual page has more: nbdhost --man | man -l -\n", exitStatus0)
 	return b.String()
 }
 

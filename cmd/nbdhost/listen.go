@@ -18,13 +18,31 @@ import (
 // An endpoint is what clients connect to.
 type endpoint struct {
 	listeners []net.Listener
-	uri       protocol.URI
-	private   string // the directory of a private socket, or ""
+	conn      net.Conn     // the one client there is, and no listeners; or nil
+	uri       protocol.URI // the zero one if there is none
+	inherited bool         // the sockets are another process's, too
+	private   string       // the directory of a private socket, or ""
 }
 
 // listen binds the sockets that the options ask for.
 func listen(o *options, log *slog.Logger) (*endpoint, error) {
-	if o.unix != "" {
+	switch {
+	case o.inherited > 0:
+		return listenInherited(o, log)
+	case o.stdio:
+		log.Debug("using standard input and output")
+		return listenStdio()
+	}
+	if o.label != "" {
+		if err := labelSockets(o.label); err != nil {
+			return nil, err
+		}
+		defer labelSockets("") // the thread is the main one, which stays
+	}
+	switch {
+	case o.vsock:
+		return listenVsock(o, log)
+	case o.unix != "":
 		return listenUnix(o.unix, o.export, log)
 	}
 	return listenTCP(o, log)
@@ -35,7 +53,10 @@ func (e *endpoint) abandon() {
 	for _, l := range e.listeners {
 		l.Close()
 	}
-	if e.uri.Socket != "" {
+	if e.conn != nil {
+		e.conn.Close()
+	}
+	if e.uri.Socket != "" && !e.inherited {
 		os.Remove(e.uri.Socket)
 	}
 	e.remove()
@@ -93,7 +114,7 @@ func listenTCP(o *options, log *slog.Logger) (*endpoint, error) {
 	}
 	e := &endpoint{}
 	for try := 0; ; try++ {
-		e.listeners, err = bindTCP(addrs, port, o.address == "" && o.family == "tcp")
+		e.listeners, err = bindTCP(addrs, port, o.address == "" && o.family == "tcp", o.keepalive)
 		if port != 0 || try == freePortTries || !errors.Is(err, syscall.EADDRINUSE) {
 			break
 		}
@@ -147,13 +168,15 @@ func addresses(o *options) ([]netip.Addr, error) {
 
 // bindTCP binds a socket to each address, all to one port. With any, a family
 // that this machine does not have is left out.
-func bindTCP(addrs []netip.Addr, port int, any bool) (list []net.Listener, err error) {
+func bindTCP(addrs []netip.Addr, port int, any, keepalive bool) (list []net.Listener, err error) {
+	// With the kernel's times, which the administrator may set.
+	config := net.ListenConfig{KeepAlive: -1, KeepAliveConfig: net.KeepAliveConfig{Enable: keepalive, Idle: -1, Interval: -1, Count: -1}}
 	for i, a := range addrs {
 		network := "tcp4"
 		if a.Is6() {
 			network = "tcp6" // with IPV6_V6ONLY, so that it does not take IPv4's port too
 		}
-		l, err := net.Listen(network, net.JoinHostPort(a.String(), strconv.Itoa(port)))
+		l, err := config.Listen(context.Background(), network, net.JoinHostPort(a.String(), strconv.Itoa(port)))
 		if err != nil {
 			if any && (errors.Is(err, syscall.EAFNOSUPPORT) || errors.Is(err, syscall.EADDRNOTAVAIL)) &&
 				(len(list) > 0 || i < len(addrs)-1) {

@@ -47,7 +47,7 @@ type logOutput struct {
 	verbose bool
 	stderr  io.Writer
 	module  atomic.Pointer[string]               // the plugin's name, once it is known
-	errors  atomic.Pointer[func(message []byte)] // takes errors and warnings
+	errors  atomic.Pointer[func(message []byte)] // takes errors
 }
 
 // newLog returns a handler that writes everything to stderr, until logErrorsTo is
@@ -136,7 +136,7 @@ func (h *logHandler) Handle(_ context.Context, r slog.Record) error {
 		b = fmt.Appendf(b, ": %s[%d]", *module, here.conn)
 	}
 	b = append(b, ": "+levelName(r.Level)+": "+r.Message+here.attrs+"\n"...)
-	if r.Level >= slog.LevelWarn {
+	if r.Level >= slog.LevelError {
 		(*h.errors.Load())(b)
 		return nil
 	}

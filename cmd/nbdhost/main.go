@@ -12,9 +12,6 @@ import (
 	"nbdhost/loader"
 )
 
-// version is what --version shows; the linker may set it (-X main.version=...).
-var version = "0.1.0"
-
 // The main goroutine stays on the main thread, which some modules insist on.
 func init() { runtime.LockOSThread() }
 
@@ -60,20 +57,41 @@ func dispatch(args []string, stdout, stderr io.Writer) (int, error) {
 	switch {
 	case o.longOptions || o.shortOptions:
 		return 0, write(stdout, optionNames(o.longOptions))
+	case o.dumpConfig:
+		return 0, write(stdout, dumpConfig(args[0]))
+	case o.completion != "":
+		return 0, write(stdout, completionScripts[o.completion])
+	case o.complete:
+		return 0, write(stdout, complete(o.args))
+	case o.manual:
+		return 0, write(stdout, manualPage())
+	case o.list:
+		return 0, list(stdout, o)
+	case o.describe:
+		return 0, describe(stdout, o)
 	case len(o.args) > 0:
 	case o.help:
 		return 0, write(stdout, usage())
 	case o.version:
-		return 0, write(stdout, "nbdhost "+version+"\n")
+		return 0, write(stdout, versionText(args[0])+"\n")
 	default:
 		return 1, errors.New("got no plugin: need the name of one, such as: nbdhost memory 1G; see --help")
+	}
+	serving := !o.help && !o.version
+	if serving {
+		if o.inherited, err = inheritSockets(); err != nil {
+			return 1, err
+		}
+		if err := o.settle(); err != nil {
+			return 1, err
+		}
 	}
 	if o.exitWithParent {
 		if err := exitWithParent(); err != nil {
 			return 1, err
 		}
 	}
-	if start == nil && !o.foreground && !o.help && !o.version && !o.dumpPlugin {
+	if start == nil && serving && !o.foreground && !o.dumpPlugin {
 		return background(args)
 	}
 	return serve(o, start, stdout, newLog(o, stderr))

@@ -26,17 +26,23 @@ const (
 type options struct {
 	args []string // the plugin's name, then its parameters
 
-	// Where to listen. TCP is used if unix is empty.
-	unix    string // an absolute path; "-" for a private socket
-	port    string // a number or a service; "" for the default
-	address string // a name or an address; "" for all
-	family  string // "tcp", "tcp4" or "tcp6"
+	// Where to listen: on TCP unless something else is asked for.
+	unix      string // an absolute path; "-" for a private socket
+	port      string // a number or a service; "" for the default
+	address   string // a name or an address; "" for all
+	family    string // "tcp", "tcp4" or "tcp6"
+	vsock     bool
+	stdio     bool   // one connection, on standard input and output
+	inherited int    // sockets that are handed over (see inheritSockets)
+	keepalive bool   // of TCP
+	label     string // SELinux's, of sockets; "" for none
 
 	// What is served, and how.
 	readonly      bool
 	export        string // only shown in URIs
 	threads       int    // 0: the server's default
 	handshakeMask uint16
+	oldstyle      bool
 	noSR, noMC    bool
 	timeout       time.Duration // of the handshake; 0: none
 	drainTimeout  time.Duration
@@ -48,9 +54,13 @@ type options struct {
 	// The process.
 	foreground     bool
 	exitWithParent bool
+	user, group    string // names or numbers to change to; "" for none
+	swap           bool   // lock all memory
 	pidfile        string // an absolute path
 	captive        bool   // there is a command to run:
 	command        string
+
+	tls tlsOptions
 
 	// What is written.
 	name     string
@@ -59,8 +69,27 @@ type options struct {
 	printURI bool
 
 	// What to do instead of serving.
-	help, version, dumpPlugin, longOptions, shortOptions bool
+	help, version, dumpPlugin, dumpConfig bool
+	longOptions, shortOptions             bool
+	list, describe, complete, manual      bool
+	completion                            string // a shell; "" for none
 }
+
+// tlsOptions are those of TLS (nbdkit-tls(1)).
+type tlsOptions struct {
+	mode              string // one of those below
+	certificates, psk string // paths; "" for none
+	priority          string
+	verifyPeer        bool
+}
+
+// Values of --tls. Without the option TLS is on where there are keys for it.
+const (
+	tlsUnset   = ""
+	tlsOff     = "off"
+	tlsOn      = "on"
+	tlsRequire = "require"
+)
 
 // An option is one line of the table below, from which parsing, --help,
 // --long-options and --short-options follow.
@@ -77,12 +106,13 @@ type option struct {
 const (
 	groupListen  = "Listening"
 	groupServe   = "Serving"
+	groupTLS     = "TLS"
 	groupProcess = "Process"
 	groupOutput  = "Messages"
 	groupInfo    = "Information"
 )
 
-var groups = []string{groupListen, groupServe, groupProcess, groupOutput, groupInfo}
+var groups = []string{groupListen, groupServe, groupTLS, groupProcess, groupOutput, groupInfo}
 
 var optionTable = []option{
 	{groupListen, []string{"unix"}, "U", "SOCKET", "listen on the Unix socket SOCKET; - makes a private one",
@@ -99,10 +129,10 @@ var optionTable = []option{
 		}},
 	{groupListen, []string{"port"}, "p", "PORT", "listen on TCP port PORT (default 10809); 0 takes a free one",
 		func(o *options, v string) error {
-			if _, err := net.LookupPort("tcp", v); err != nil {
-				return fmt.Errorf("got %q: need a number from 0 to 65535 or the name of a service", v)
+			if v == "" {
+				return errors.New("got an empty text: need a number or the name of a service")
 			}
-			o.port = v
+			o.port = v // which of them may be depends on --vsock
 			return nil
 		}},
 	{groupListen, []string{"ipaddr", "ip-addr"}, "i", "ADDRESS", "listen on this address or host name only (default: all)",
@@ -117,6 +147,11 @@ var optionTable = []option{
 		func(o *options, _ string) error { o.family = "tcp4"; return nil }},
 	{groupListen, []string{"ipv6-only"}, "6", "", "use IPv6 only",
 		func(o *options, _ string) error { o.family = "tcp6"; return nil }},
+	{groupListen, []string{"keepalive", "keep-alive"}, "", "", "find TCP clients that are gone (SO_KEEPALIVE)", flag(func(o *options) *bool { return &o.keepalive })},
+	{groupListen, []string{"vsock"}, "", "", "listen for virtual machines (AF_VSOCK), on the port of -p", flag(func(o *options) *bool { return &o.vsock })},
+	{groupListen, []string{"single", "stdin"}, "s", "", "serve one client on standard input and output; implies -f",
+		func(o *options, _ string) error { o.stdio, o.foreground = true, true; return nil }},
+	{groupListen, []string{"selinux-label"}, "", "LABEL", "give sockets this SELinux label", text(func(o *options) *string { return &o.label })},
 
 	{groupServe, []string{"readonly", "read-only"}, "r", "", "refuse writes", flag(func(o *options) *bool { return &o.readonly })},
 	{groupServe, []string{"exportname", "export-name", "export"}, "e", "NAME", "the export that URIs name, for --run and --print-uri", text(func(o *options) *string { return &o.export })},
@@ -148,15 +183,27 @@ var optionTable = []option{
 		}},
 	{groupServe, []string{"timeout", "time-out"}, "", "TIME", "longest time for a handshake, such as 10 or 500ms (default: no limit)", delay(func(o *options) *time.Duration { return &o.timeout })},
 	{groupServe, []string{"drain-timeout"}, "", "TIME", "longest time for requests to finish at the end (default 10s)", delay(func(o *options) *time.Duration { return &o.drainTimeout })},
-	{groupServe, []string{"newstyle", "new-style"}, "n", "", "use the newstyle protocol (the only one there is)", func(*options, string) error { return nil }},
+	{groupServe, []string{"newstyle", "new-style"}, "n", "", "use the newstyle protocol, which is the default",
+		func(o *options, _ string) error { o.oldstyle = false; return nil }},
+	{groupServe, []string{"oldstyle", "old-style"}, "o", "", "use the oldstyle protocol, for clients of before 2013", flag(func(o *options) *bool { return &o.oldstyle })},
+
+	{groupTLS, []string{"tls"}, "", "MODE", "off, on (clients may use TLS) or require (they must)",
+		func(o *options, v string) (err error) { o.tls.mode, err = parseTLSMode(v); return err }},
+	{groupTLS, []string{"tls-certificates"}, "", "DIR", "take certificates and keys from this directory", text(func(o *options) *string { return &o.tls.certificates })},
+	{groupTLS, []string{"tls-psk"}, "", "FILE", "take the clients' names and keys from FILE (psktool(1))", text(func(o *options) *string { return &o.tls.psk })},
+	{groupTLS, []string{"tls-priority"}, "", "PRIORITY", "which ciphers may be used (GnuTLS's priority string)", text(func(o *options) *string { return &o.tls.priority })},
+	{groupTLS, []string{"tls-verify-peer"}, "", "", "want a certificate of the client", flag(func(o *options) *bool { return &o.tls.verifyPeer })},
 
 	{groupProcess, []string{"foreground", "no-fork"}, "f", "", "stay in the foreground", flag(func(o *options) *bool { return &o.foreground })},
 	{groupProcess, []string{"pidfile", "pid-file"}, "P", "FILE", "write the process ID to FILE once clients can connect",
 		func(o *options, v string) (err error) { o.pidfile, err = absolute(v); return err }},
 	{groupProcess, []string{"exit-with-parent"}, "", "", "stop when the parent process ends; implies -f",
 		func(o *options, _ string) error { o.exitWithParent, o.foreground = true, true; return nil }},
-	{groupProcess, []string{"run"}, "", "COMMAND", "serve while COMMAND runs in a shell, with $uri $unixsocket $port\n$exportname set; implies -f, and -U - unless -p is given",
+	{groupProcess, []string{"run"}, "", "COMMAND", "serve while COMMAND runs in a shell, with $uri $unixsocket $port\n$exportname set; implies -f, and -U - unless -p or --vsock is given",
 		func(o *options, v string) error { o.captive, o.command, o.foreground = true, v, true; return nil }},
+	{groupProcess, []string{"user"}, "u", "USER", "go on as USER once the sockets are bound", text(func(o *options) *string { return &o.user })},
+	{groupProcess, []string{"group"}, "g", "GROUP", "go on in GROUP only once the sockets are bound", text(func(o *options) *string { return &o.group })},
+	{groupProcess, []string{"swap"}, "", "", "lock all memory: the export is swap space of this machine", flag(func(o *options) *bool { return &o.swap })},
 
 	{groupOutput, []string{"verbose"}, "v", "", "write debug messages to standard error", flag(func(o *options) *bool { return &o.verbose })},
 	{groupOutput, []string{"debug"}, "D", "NAME.FLAG=N", "set a debug flag of the plugin, or of the server (NAME nbdkit)",
@@ -175,29 +222,28 @@ var optionTable = []option{
 			return nil
 		}},
 	{groupOutput, []string{"name"}, "", "NAME", "start messages with NAME (default nbdkit)", text(func(o *options) *string { return &o.name })},
-	{groupOutput, []string{"print-uri"}, "", "", "write the URI to standard output", flag(func(o *options) *bool { return &o.printURI })},
+	{groupOutput, []string{"print-uri", "print-url", "show-uri", "show-url"}, "", "", "write the URI to standard output", flag(func(o *options) *bool { return &o.printURI })},
 
 	{groupInfo, []string{"dump-plugin"}, "", "", "describe the plugin as KEY=VALUE lines and exit", flag(func(o *options) *bool { return &o.dumpPlugin })},
 	{groupInfo, []string{"help"}, "", "", "show this text, and the plugin's if one is given, and exit", flag(func(o *options) *bool { return &o.help })},
 	{groupInfo, []string{"version"}, "V", "", "show the version, and the plugin's if one is given, and exit", flag(func(o *options) *bool { return &o.version })},
+	{groupInfo, []string{"dump-config"}, "", "", "describe the program as KEY=VALUE lines and exit", flag(func(o *options) *bool { return &o.dumpConfig })},
+	{groupInfo, []string{"list"}, "", "", "show the plugins and filters that are installed and exit", flag(func(o *options) *bool { return &o.list })},
+	{groupInfo, []string{"completion"}, "", "SHELL", "write a script that completes command lines in bash, zsh or\nfish, and exit",
+		func(o *options, v string) error {
+			if _, ok := completionScripts[v]; !ok {
+				return fmt.Errorf("got %q: need bash, zsh or fish", v)
+			}
+			o.completion = v
+			return nil
+		}},
+	{groupInfo, []string{"man"}, "", "", "write the manual page (nbdhost --man | man -l -) and exit", flag(func(o *options) *bool { return &o.manual })},
 	{groupInfo, []string{"long-options"}, "", "", "list the long options and exit", flag(func(o *options) *bool { return &o.longOptions })},
 	{groupInfo, []string{"short-options"}, "", "", "list the short options and exit", flag(func(o *options) *bool { return &o.shortOptions })},
 
-	// nbdkit's other options: known, so that nobody is told that they are a slip.
-	{"", []string{"dump-config"}, "", "", "", unsupported},
-	{"", []string{"group"}, "g", "GROUP", "", unsupported},
-	{"", []string{"keepalive", "keep-alive"}, "", "", "", unsupported},
-	{"", []string{"oldstyle", "old-style"}, "o", "", "", unsupported},
-	{"", []string{"selinux-label"}, "", "LABEL", "", unsupported},
-	{"", []string{"single", "stdin"}, "s", "", "", unsupported},
-	{"", []string{"swap"}, "", "", "", unsupported},
-	{"", []string{"tls"}, "", "MODE", "", unsupported},
-	{"", []string{"tls-certificates"}, "", "DIR", "", unsupported},
-	{"", []string{"tls-priority"}, "", "PRIORITY", "", unsupported},
-	{"", []string{"tls-psk"}, "", "FILE", "", unsupported},
-	{"", []string{"tls-verify-peer"}, "", "", "", unsupported},
-	{"", []string{"user"}, "u", "USER", "", unsupported},
-	{"", []string{"vsock"}, "", "", "", unsupported},
+	// For the program itself, and for what --completion writes.
+	{"", []string{"describe"}, "", "", "", flag(func(o *options) *bool { return &o.describe })},
+	{"", []string{"complete"}, "", "", "", flag(func(o *options) *bool { return &o.complete })},
 }
 
 func flag(field func(*options) *bool) func(*options, string) error {
@@ -212,8 +258,31 @@ func delay(field func(*options) *time.Duration) func(*options, string) error {
 	return func(o *options, v string) (err error) { *field(o), err = parseDelay(v); return err }
 }
 
-func unsupported(*options, string) error {
-	return errors.New("nbdkit's option is not supported yet; leave it out")
+// haveTLS tells whether this server can do what the options of TLS say.
+const haveTLS = false
+
+// wanted tells whether clients are to be offered TLS.
+func (t *tlsOptions) wanted() bool {
+	switch t.mode {
+	case tlsUnset:
+		return t.certificates != "" || t.psk != ""
+	case tlsOff:
+		return false
+	}
+	return true
+}
+
+// parseTLSMode reads a value of --tls, a boolean or a word for require.
+func parseTLSMode(s string) (string, error) {
+	switch strings.ToLower(s) {
+	case "require", "required", "force":
+		return tlsRequire, nil
+	case "on", "1", "true", "t", "yes", "y":
+		return tlsOn, nil
+	case "off", "0", "false", "f", "no", "n":
+		return tlsOff, nil
+	}
+	return "", fmt.Errorf("got %q: need off, on or require", s)
 }
 
 // parseDelay reads a time as nbdkit_parse_delay(3) does: a number of seconds, or
@@ -264,13 +333,54 @@ func parse(args []string) (*options, error) {
 		return nil, usageError(err)
 	}
 	o.args = flags.Args()
-	if o.captive && o.port == "" && o.unix == "" {
+	return o, nil
+}
+
+// searchPath returns where to look for modules first.
+func (o *options) searchPath(kind loader.Kind) []string {
+	if kind == loader.PluginKind {
+		return o.pluginPath
+	}
+	return nil
+}
+
+// settle completes the options of a server, and refuses those that contradict
+// each other.
+func (o *options) settle() error {
+	type option struct {
+		given bool
+		name  string
+	}
+	unix, port, vsock := option{o.unix != "", "--unix"}, option{o.port != "", "--port"}, option{o.vsock, "--vsock"}
+	stdio, run := option{o.stdio, "--single"}, option{o.captive, "--run"}
+	inherited := option{o.inherited > 0, "LISTEN_FDS in the environment"}
+	for _, pair := range [][2]option{
+		{unix, port}, {unix, vsock},
+		{stdio, unix}, {stdio, port}, {stdio, vsock}, {stdio, run}, {stdio, {o.dumpPlugin, "--dump-plugin"}},
+		{inherited, unix}, {inherited, port}, {inherited, vsock}, {inherited, stdio}, {inherited, run},
+		{inherited, {o.address != "", "--ipaddr"}},
+		{{o.oldstyle, "--oldstyle"}, {o.tls.mode == tlsRequire, "--tls=require"}},
+	} {
+		if pair[0].given && pair[1].given {
+			return fmt.Errorf("got both %s and %s: need one of them; leave the other out", pair[0].name, pair[1].name)
+		}
+	}
+	if o.port != "" {
+		if _, err := strconv.ParseUint(o.port, 10, 32); o.vsock && err != nil {
+			return fmt.Errorf("option --port: got %q: need a number of 32 bits with --vsock", o.port)
+		}
+		if _, err := net.LookupPort("tcp", o.port); !o.vsock && err != nil {
+			return fmt.Errorf("option --port: got %q: need a number from 0 to 65535 or the name of a service", o.port)
+		}
+	}
+	if o.tls.wanted() && !haveTLS {
+		return errors.New("got options of TLS: this server does not have it yet: give --tls=off, or leave them out")
+	}
+	o.foreground = o.foreground || o.inherited > 0
+	if o.captive && o.unix == "" && o.port == "" && !o.vsock {
 		o.unix = "-"
 	}
-	if o.unix != "" && o.port != "" {
-		return nil, errors.New("got both --unix and --port: need one of them; leave the other out")
-	}
-	return o, nil
+	return nil
 }
 
 // usageError puts what pflag says of an argument into our words.
@@ -286,8 +396,14 @@ func usageError(err error) error {
 		if matches := startingWith(name); len(matches) > 1 {
 			return fmt.Errorf("option --%s is ambiguous: need one of --%s", name, strings.Join(matches, ", --"))
 		}
-		if near := nearestOption(name); near != "" {
-			return fmt.Errorf("unknown option --%s: did you mean --%s? see --help", name, near)
+		var all []string
+		for _, opt := range optionTable {
+			if opt.group != "" {
+				all = append(all, opt.names...)
+			}
+		}
+		if near := loader.Nearest(name, all); len(near) > 0 {
+			return fmt.Errorf("unknown option --%s: did you mean --%s? see --help", name, near[0])
 		}
 		return fmt.Errorf("unknown option --%s; see --help", name)
 	case errors.As(err, &noArg):
@@ -340,40 +456,4 @@ func startingWith(prefix string) (matches []string) {
 		}
 	}
 	return matches
-}
-
-// nearestOption returns the name that a slip of the keyboard may have meant, or "".
-func nearestOption(name string) (nearest string) {
-	best := max(1, len(name)/3) + 1
-	for _, opt := range optionTable {
-		if opt.group == "" {
-			continue
-		}
-		for _, n := range opt.names {
-			if d := editDistance(name, n); d < best {
-				nearest, best = n, d
-			}
-		}
-	}
-	return nearest
-}
-
-// editDistance counts the letters to insert, delete or replace to make b of a.
-func editDistance(a, b string) int {
-	prev := make([]int, len(b)+1)
-	for j := range prev {
-		prev[j] = j
-	}
-	for i := range len(a) {
-		row := append(make([]int, 0, len(b)+1), i+1)
-		for j := range len(b) {
-			replace := prev[j]
-			if a[i] != b[j] {
-				replace++
-			}
-			row = append(row, min(replace, prev[j+1]+1, row[j]+1))
-		}
-		prev = row
-	}
-	return prev[len(b)]
 }

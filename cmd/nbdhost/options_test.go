@@ -39,9 +39,18 @@ func TestParse(t *testing.T) {
 		{[]string{"--mask-handshake", "0x1"}, func(o *options) bool { return o.handshakeMask == 1 }},
 		{[]string{"--timeout=1.5ms"}, func(o *options) bool { return o.timeout == 1500*time.Microsecond }},
 		{[]string{"-h"}, func(o *options) bool { return o.help }},
+		{[]string{"--vsock", "-p", "4294967295"}, func(o *options) bool { return o.vsock && o.port == "4294967295" }},
+		{[]string{"--tls=no", "--tls-psk", "k", "--tls-verify-peer"}, func(o *options) bool { return o.tls == tlsOptions{mode: tlsOff, psk: "k", verifyPeer: true} }},
+		{[]string{"--vsock", "--run", "true"}, func(o *options) bool { return o.vsock && o.unix == "" }},
+		{[]string{"-s"}, func(o *options) bool { return o.stdio && o.foreground }},
+		{[]string{"-o", "-n"}, func(o *options) bool { return !o.oldstyle }},
+		{[]string{"-u", "nobody", "-gnogroup", "--swap"}, func(o *options) bool { return o.user == "nobody" && o.group == "nogroup" && o.swap }},
 		{[]string{"-n", "-p", "nbd"}, func(o *options) bool { return o.port == "nbd" }},
 	} {
 		o, err := parse(tt.args)
+		if err == nil {
+			err = o.settle()
+		}
 		if err != nil {
 			t.Errorf("parse(%q): %v", tt.args, err)
 		} else if !tt.want(o) {
@@ -70,8 +79,15 @@ func TestParseErrors(t *testing.T) {
 		{[]string{"-t", "-1"}, "need a number from 1 to 8192"},
 		{[]string{"-t", "8193"}, "need a number from 1 to 8192"},
 		{[]string{"--filter=cow"}, "filters are not supported yet"},
-		{[]string{"--tls=require"}, "option --tls: nbdkit's option is not supported yet"},
-		{[]string{"-s"}, "option --single: nbdkit's option is not supported yet"},
+		{[]string{"--tls=maybe"}, "need off, on or require"},
+		{[]string{"-p", ""}, "need a number or the name of a service"},
+		{[]string{"--vsock", "-p", "nbd"}, "need a number of 32 bits with --vsock"},
+		{[]string{"-U", "-", "--vsock"}, "got both --unix and --vsock"},
+		{[]string{"-s", "--run", "true"}, "got both --single and --run"},
+		{[]string{"--tls=Force"}, "this server does not have it yet"},
+		{[]string{"--tls-psk=k"}, "this server does not have it yet"},
+		{[]string{"-o", "--tls=required"}, "got both --oldstyle and --tls=require"},
+		{[]string{"--completion=csh"}, "need bash, zsh or fish"},
 		{[]string{"--readonly=no"}, `got the value "no": need none`},
 		{[]string{"--mask-handshake="}, "need a number of 32 bits"},
 		{[]string{"--timeout=5x"}, "need a time"},
@@ -80,7 +96,10 @@ func TestParseErrors(t *testing.T) {
 		{[]string{"-D", "foo"}, "need MODULE.FLAG=N"},
 		{[]string{"-U", "/s", "-p", "1"}, "got both --unix and --port"},
 	} {
-		_, err := parse(tt.args)
+		o, err := parse(tt.args)
+		if err == nil {
+			err = o.settle()
+		}
 		if err == nil || !strings.Contains(err.Error(), tt.want) {
 			t.Errorf("parse(%q): got %v, want %q", tt.args, err, tt.want)
 		}

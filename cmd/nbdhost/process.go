@@ -145,23 +145,31 @@ func (s *starter) detach() error {
 // ready gives up the standard streams, but for standard error where debug messages
 // go to it, and lets the starter end.
 func (s *starter) ready(keepStderr bool) error {
+	last := 2
+	if keepStderr {
+		last = 1
+	}
+	if err := giveUp(0, last); err != nil {
+		return err
+	}
+	defer s.pipe.Close()
+	if _, err := s.pipe.Write([]byte{'\n'}); err != nil {
+		return fmt.Errorf("tell the starting process: %w", cause(err))
+	}
+	return nil
+}
+
+// giveUp puts /dev/null in the place of the descriptors first to last.
+func giveUp(first, last int) error {
 	null, err := unix.Open(os.DevNull, unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("open %s: %w", os.DevNull, err)
 	}
 	defer unix.Close(null)
-	last := 2
-	if keepStderr {
-		last = 1
-	}
-	for fd := 0; fd <= last; fd++ {
+	for fd := first; fd <= last; fd++ {
 		if err := unix.Dup3(null, fd, 0); err != nil {
 			return fmt.Errorf("give up standard streams: %w", err)
 		}
-	}
-	defer s.pipe.Close()
-	if _, err := s.pipe.Write([]byte{'\n'}); err != nil {
-		return fmt.Errorf("tell the starting process: %w", cause(err))
 	}
 	return nil
 }

@@ -39,11 +39,15 @@ func serve(o *options, start *starter, stdout io.Writer, out *logHandler) (int, 
 		}
 	}
 	log := slog.New(out)
+	who, err := lookUpIdentity(o.user, o.group)
+	if err != nil {
+		return 1, err
+	}
 	var stop stopper
 	// Before a plugin is opened: from then on what plugins do to the handlers is
 	// undone, again and again.
 	stop.onSignals()
-	err := loader.Init(loader.Host{
+	err = loader.Init(loader.Host{
 		Log:      out.fromModule,
 		Shutdown: stop.stop,
 		Name:     o.name,
@@ -52,7 +56,8 @@ func serve(o *options, start *starter, stdout io.Writer, out *logHandler) (int, 
 		return 1, err
 	}
 	loader.SetVerbose(o.verbose)
-	log.Debug("nbdhost " + version)
+	loader.SetStdioSafe(!o.stdio)
+	log.Debug(versionText(os.Args[0]))
 
 	found, err := loader.Find(loader.PluginKind, o.args[0], o.pluginPath...)
 	if err != nil {
@@ -69,7 +74,7 @@ func serve(o *options, start *starter, stdout io.Writer, out *logHandler) (int, 
 	case o.help:
 		return 0, write(stdout, usage()+"\n"+plugin.Help())
 	case o.version:
-		return 0, write(stdout, strings.TrimSpace("nbdhost "+version+"\n"+plugin.Name()+" "+plugin.Version())+"\n")
+		return 0, write(stdout, strings.TrimSpace(versionText(os.Args[0])+"\n"+plugin.Name()+" "+plugin.Version())+"\n")
 	}
 
 	args := o.args[1:]
@@ -81,7 +86,7 @@ func serve(o *options, start *starter, stdout io.Writer, out *logHandler) (int, 
 	}
 	chain := backend.NewChain(plugin, log, setDebugFlags(plugin, o.debug, log))
 	chain.Load()
-	code, err := serveLoaded(o, start, stdout, out, plugin, chain, args, &stop)
+	code, err := serveLoaded(o, start, stdout, out, plugin, chain, args, who, &stop)
 	if code != statusStuck {
 		chain.Unload()
 	}
@@ -101,6 +106,13 @@ func setDebugFlags(plugin *loader.Plugin, flags []loader.DebugFlag, log *slog.Lo
 			trace.Control = f.Value != 0
 		case f.Flag == "backend.datapath":
 			trace.Data = f.Value != 0
+		case f.Flag == "environ":
+			if f.Value != 0 {
+				for _, v := range os.Environ() {
+					log.Debug("environ: " + v)
+				}
+			}
+		case f.Flag == "tls.log" || f.Flag == "tls.session": // nothing is said about TLS
 		default:
 			warnings = append(warnings, fmt.Sprintf("debug flag -D %s.%s was not used", f.Module, f.Flag))
 		}
@@ -114,7 +126,7 @@ func setDebugFlags(plugin *loader.Plugin, flags []loader.DebugFlag, log *slog.Lo
 
 // serveLoaded goes on from .load to the end of .cleanup.
 func serveLoaded(o *options, start *starter, stdout io.Writer, out *logHandler,
-	plugin *loader.Plugin, chain *backend.Chain, args []string, stop *stopper) (int, error) {
+	plugin *loader.Plugin, chain *backend.Chain, args []string, who identity, stop *stopper) (int, error) {
 	for i, arg := range args {
 		key, value, err := parseParameter(arg, plugin.MagicConfigKey(), i == 0)
 		if err != nil {
@@ -143,6 +155,11 @@ func serveLoaded(o *options, start *starter, stdout io.Writer, out *logHandler,
 
 	stop.inOrder()
 	log := slog.New(out)
+	if o.swap {
+		if err := lockMemory(); err != nil {
+			return 1, err
+		}
+	}
 	e, err := listen(o, log)
 	if err != nil {
 		return 1, err
@@ -155,13 +172,22 @@ func serveLoaded(o *options, start *starter, stdout io.Writer, out *logHandler,
 		}
 		log.Debug(fmt.Sprintf("forked into background (new pid = %d)", os.Getpid()))
 	}
-	err = chain.AfterFork()
+	// The command keeps the rights that the server gives up. It can connect: the
+	// sockets are bound.
+	command, err := startCaptive(o, e.uri, stop.stop)
+	if err == nil {
+		err = who.assume(e.private)
+	}
+	if err == nil {
+		err = chain.AfterFork()
+	}
 	if err != nil {
+		command.terminate()
 		e.abandon()
 		chain.Cleanup()
 		return 1, err
 	}
-	code, err := serveClients(o, start, stdout, out, chain, e, stop)
+	code, err := serveClients(o, start, stdout, out, chain, e, command, stop)
 	if code != statusStuck {
 		chain.Cleanup()
 	}
@@ -170,11 +196,11 @@ func serveLoaded(o *options, start *starter, stdout io.Writer, out *logHandler,
 
 // serveClients serves until somebody asks to stop and all clients are gone.
 func serveClients(o *options, start *starter, stdout io.Writer, out *logHandler,
-	chain *backend.Chain, e *endpoint, stop *stopper) (int, error) {
+	chain *backend.Chain, e *endpoint, command *captive, stop *stopper) (int, error) {
 	log := slog.New(out)
 	srv := server.New(server.Options{
 		Chain: chain, ReadOnly: o.readonly, Threads: o.threads, Log: log,
-		NoStructuredReplies: o.noSR, NoMetaContexts: o.noMC,
+		Oldstyle: o.oldstyle, NoStructuredReplies: o.noSR, NoMetaContexts: o.noMC,
 		HandshakeMask:    ^protocol.HandshakeFlags(o.handshakeMask), // the server is told what to hide
 		HandshakeTimeout: o.timeout, DrainTimeout: o.drainTimeout,
 	})
@@ -188,7 +214,13 @@ func serveClients(o *options, start *starter, stdout io.Writer, out *logHandler,
 			}
 		}()
 	}
-	command, err := announce(o, start, stdout, out, e, stop.stop)
+	if e.conn != nil {
+		go func() {
+			srv.ServeConn(e.conn)
+			srv.Shutdown()
+		}()
+	}
+	err := announce(o, start, stdout, out, e)
 	stop.attach(srv)
 	if err != nil {
 		srv.Shutdown()
@@ -218,17 +250,16 @@ func serveClients(o *options, start *starter, stdout io.Writer, out *logHandler,
 	return code, nil
 }
 
-// announce tells everybody who waits for it that clients are served, and starts
-// the command of --run. stop is called when that ends.
-func announce(o *options, start *starter, stdout io.Writer, out *logHandler, e *endpoint, stop func()) (_ *captive, err error) {
-	if o.printURI {
+// announce tells everybody who waits for it that clients are served.
+func announce(o *options, start *starter, stdout io.Writer, out *logHandler, e *endpoint) (err error) {
+	if o.printURI && e.conn == nil {
 		if err := write(stdout, uriText(e.uri.String())); err != nil {
-			return nil, fmt.Errorf("print URI: %w", err)
+			return fmt.Errorf("print URI: %w", err)
 		}
 	}
 	if o.pidfile != "" {
 		if err := writePidfile(o.pidfile); err != nil {
-			return nil, err
+			return err
 		}
 		defer func() {
 			if err != nil {
@@ -240,17 +271,14 @@ func announce(o *options, start *starter, stdout io.Writer, out *logHandler, e *
 	if start != nil {
 		if o.log == logDefault {
 			if err := out.logErrorsTo(logSyslog); err != nil {
-				return nil, err
+				return err
 			}
 		}
 		if err := start.ready(o.verbose || o.log == logStderr); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	if o.captive {
-		return startCaptive(o.command, e.uri, stop)
-	}
-	return nil, nil
+	return nil
 }
 
 // uriText is what --print-uri writes: the URI, and how to use it in a shell.
@@ -319,8 +347,13 @@ type captive struct {
 	terminated bool          // by us
 }
 
-func startCaptive(command string, uri protocol.URI, stop func()) (*captive, error) {
-	cmd, err := runCommand(command, uri)
+// startCaptive starts the command of --run, if there is one. stop is called when
+// it ends.
+func startCaptive(o *options, uri protocol.URI, stop func()) (*captive, error) {
+	if !o.captive {
+		return nil, nil
+	}
+	cmd, err := runCommand(o.command, uri)
 	if err != nil {
 		return nil, err
 	}

@@ -1,0 +1,173 @@
+package main
+
+import (
+	"fmt"
+	"strings"
+)
+
+// manualPage returns nbdhost(1) in the language of man(7). The options are those
+// of the table; what there is to say beyond --help is in manualOptions.
+func manualPage() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, ".TH NBDHOST 1 %s \"nbdhost %s\" \"User Commands\"\n", manualDate, version)
+	section := func(title string) { fmt.Fprintf(&b, ".SH %s\n", title) }
+	text := func(s string) {
+		for i, paragraph := range strings.Split(strings.TrimSpace(s), "\n\n") {
+			if i > 0 {
+				b.WriteString(".PP\n")
+			}
+			b.WriteString(roff(paragraph) + "\n")
+		}
+	}
+	code := func(s string) { fmt.Fprintf(&b, ".PP\n.nf\n.RS 4\n%s\n.RE\n.fi\n", roff(s)) }
+
+	section("NAME")
+	b.WriteString("nbdhost \\- NBD server that runs nbdkit plugins\n")
+	section("SYNOPSIS")
+	for i, s := range []string{
+		"[OPTIONS] PLUGIN [[KEY=]VALUE | @FILE]...",
+		"PLUGIN --help | --version | --dump-plugin",
+		"--list | --dump-config | --completion=SHELL | --man",
+	} {
+		if i > 0 {
+			b.WriteString(".br\n")
+		}
+		b.WriteString(".B nbdhost\n" + roff(s) + "\n")
+	}
+	section("DESCRIPTION")
+	text(summary + "\n\n" + aboutArguments + "\n\n" + manualDescription)
+	section("OPTIONS")
+	for _, group := range groups {
+		fmt.Fprintf(&b, ".SS %s\n", group)
+		for _, opt := range optionTable {
+			if opt.group == group {
+				b.WriteString(roffOption(&opt))
+			}
+		}
+	}
+	for _, s := range manualSections {
+		section(s.title)
+		text(s.text)
+	}
+	section("EXIT STATUS")
+	text(strings.ToUpper(exitStatus0[:1]) + exitStatus0[1:])
+	section("EXAMPLES")
+	for i, e := range examples {
+		if i > 0 {
+			b.WriteString(".PP\n")
+		}
+		b.WriteString(roff(strings.ToUpper(e.what[:1])+e.what[1:]) + "\n")
+		code(e.command)
+	}
+	section("SEE ALSO")
+	b.WriteString(".BR nbdkit (1),\n.BR nbdkit\\-plugin (3),\n.BR nbdinfo (1),\n.BR nbdcopy (1),\n.BR nbd\\-client (8),\n.BR qemu\\-img (1)\n")
+	return b.String()
+}
+
+// roffOption returns the entry of an option, with all its names.
+func roffOption(opt *option) string {
+	var names []string
+	if opt.short != "" {
+		name := `\fB\-` + opt.short + `\fR`
+		if opt.arg != "" {
+			name += ` \fI` + roff(opt.arg) + `\fR`
+		}
+		names = append(names, name)
+	}
+	for _, n := range opt.names {
+		name := `\fB` + roff("--"+n) + `\fR`
+		if opt.arg != "" {
+			name += `=\fI` + roff(opt.arg) + `\fR`
+		}
+		names = append(names, name)
+	}
+	help := strings.ReplaceAll(opt.help, "\n", " ")
+	entry := ".TP\n" + strings.Join(names, ", ") + "\n" + roff(strings.ToUpper(help[:1])+help[1:]) + ".\n"
+	if more := manualOptions[opt.names[0]]; more != "" {
+		entry += roff(more) + "\n"
+	}
+	return entry
+}
+
+// roff returns text in which nothing means anything to troff.
+func roff(text string) string {
+	text = strings.NewReplacer(`\`, `\e`, "-", `\-`, "'", `\(aq`, "`", "\\`", "~", `\(ti`, "^", `\(ha`).Replace(text)
+	lines := strings.Split(text, "\n")
+	for i, line := range lines {
+		if strings.HasPrefix(line, ".") {
+			lines[i] = `\&` + line
+		}
+	}
+	return strings.Join(lines, "\n")
+}
+
+// manualDate is when the texts below were written.
+const manualDate = "2026-11-21"
+
+const manualDescription = `Plugins are the shared libraries that distributions ship for nbdkit(1), unmodified.
+A script may also be run itself, where its first line is "#!/usr/bin/nbdhost LANGUAGE" and
+LANGUAGE is a plugin, such as python or sh.
+
+All options of nbdkit 1.48 are there, with all their names. Under the name nbdkit, by a
+symbolic link for example, the program says that it is that release of nbdkit.
+
+Unless one of -f, -s, --run and --exit-with-parent is given, or sockets are handed over,
+the server goes to the background: the command ends with status 0 when clients can
+connect and the process ID is written, and with an error otherwise.`
+
+// manualOptions is what the manual page says about an option beyond its help, by
+// the option's first name.
+var manualOptions = map[string]string{
+	"unix":             "The socket file is not removed at the end, but for a private one.",
+	"port":             "The URI of --print-uri and of --run has the port that was taken.",
+	"ipaddr":           "Of a name with several addresses all are listened on.",
+	"keepalive":        "When clients are given up is the kernel's setting; see tcp(7).",
+	"vsock":            "The default port is 10809; 0 takes a free one. See vsock(7).",
+	"single":           "Programs like inetd(8) start a server this way. It ends with the connection.",
+	"selinux-label":    "See setsockcreatecon(3).",
+	"readonly":         "Plugins that cannot write need not be told.",
+	"exportname":       "What the server offers does not depend on it.",
+	"threads":          "Only plugins with the thread model parallel use more than one.",
+	"mask-handshake":   "Bit 0 is fixed newstyle, bit 1 is no zeroes. For tests of clients.",
+	"no-sr":            "For tests of clients.",
+	"no-mc":            "For tests of clients.",
+	"timeout":          "A client that takes longer is disconnected.",
+	"drain-timeout":    "Clients whose requests take longer are disconnected. Idle clients do not hold up the end.",
+	"pidfile":          "An existing file is replaced. It is not removed at the end.",
+	"run":              "The command runs as the user who started the server, with --user too. $nbd is the same as $uri.",
+	"user":             "A number will do as well. Without --group the groups are those of the user.",
+	"group":            "A number will do as well.",
+	"swap":             "Otherwise the machine might wait for the server, and the server for its memory.",
+	"debug":            "The server's own flags are backend.controlpath and backend.datapath, which show calls into modules (default 1), and environ, which shows the environment (default 0). A flag that nobody takes is worth a warning.",
+	"log":              "Debug messages always go to standard error.",
+	"name":             "Modules may ask for it.",
+	"dump-plugin":      "See nbdkit-probing(1). Parameters may be given, and are handed to the plugin.",
+	"dump-config":      "The keys are those of nbdkit-probing(1), with nbdhost_version and nbdkit_version.",
+	"list":             "Each is loaded in a process of its own: one that cannot be used does no harm.",
+	"completion":       "Each script says where it belongs. Plugins, filters and their parameters are completed, too.",
+	"exit-with-parent": "If the parent has ended already, the server does not start.",
+}
+
+var manualSections = []struct{ title, text string }{
+	{"PARAMETERS", `A parameter is KEY=VALUE. KEY begins with a letter; letters, digits and the signs . _ -
+follow. Anything else is a VALUE for the key that the plugin prefers, its magic key. A
+plugin without one takes the first such parameter as script=VALUE.
+
+In a @FILE each line is one parameter. Empty lines and those that begin with # are
+ignored. A @FILE in a file is looked up in the directory of that file.
+
+Where a plugin wants a password, the value may be the password itself; - asks for it on
+the terminal; +FILE reads the first line of a file; and -FD that of a descriptor from 3 on.`},
+	{"SOCKET ACTIVATION", `Where LISTEN_PID and LISTEN_FDS are in the environment, as systemd(1) and libnbd have it,
+the server takes over the sockets from descriptor 3 on, and stays in the foreground.
+The options -i, -p, -s, -U, --run and --vsock are errors then.`},
+	{"SIGNALS", `SIGINT, SIGTERM, SIGQUIT and SIGHUP end the server: no new client and no new request is
+accepted, requests in progress are finished, and the plugin is closed and unloaded. SIGPIPE is
+ignored.`},
+	{"ENVIRONMENT", `NBDHOST_PLUGIN_PATH and NBDHOST_FILTER_PATH are directories, with colons between them, where
+plugins and filters are looked for: after --plugin-path, and before the directories of the
+distribution. GOMAXPROCS bounds the processors that are used.`},
+	{"DIFFERENCES FROM NBDKIT", `The port of --port=0 is in the URI. --user without --group gives up the groups of the
+superuser. Mistakes in values are found before the plugin is loaded. Idle clients do not hold
+up the end, and --drain-timeout bounds it. Names and options that nearly fit are suggested.`},
+}

@@ -1,0 +1,109 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"os/user"
+	"strconv"
+
+	"golang.org/x/sys/unix"
+	"syscall"
+)
+
+// keep stands for a user or group that stays as it is.
+const keep = -1
+
+// An identity is whom the process goes on as, after --user and --group.
+type identity struct {
+	uid, gid int   // or keep
+	groups   []int // if gid is not keep
+}
+
+// lookUpIdentity finds a user and a group by names or numbers; "" stands for no
+// change. Without a group it is the user's own, with the others that the user is in:
+// who gives up the superuser's rights does not mean to keep its groups.
+func lookUpIdentity(userName, groupName string) (identity, error) {
+	id := identity{uid: keep, gid: keep}
+	if userName != "" {
+		u, err := user.Lookup(userName)
+		if err != nil {
+			u, err = user.LookupId(userName)
+		}
+		if err == nil {
+			id.uid, _ = strconv.Atoi(u.Uid) // numbers on Unix
+			id.gid, _ = strconv.Atoi(u.Gid)
+			names, _ := u.GroupIds() // where they cannot be had, the own one must do
+			for _, n := range names {
+				gid, _ := strconv.Atoi(n)
+				id.groups = append(id.groups, gid)
+			}
+		} else if id.uid, err = parseID(userName); err != nil {
+			return id, fmt.Errorf("option --user: got %q: need the name or number of a user", userName)
+		}
+	}
+	if groupName != "" {
+		g, err := user.LookupGroup(groupName)
+		if err == nil {
+			id.gid, err = strconv.Atoi(g.Gid)
+		} else {
+			id.gid, err = parseID(groupName)
+		}
+		if err != nil {
+			return id, fmt.Errorf("option --group: got %q: need the name or number of a group", groupName)
+		}
+		id.groups = []int{id.gid}
+	}
+	return id, nil
+}
+
+func parseID(s string) (int, error) {
+	n, err := strconv.ParseUint(s, 10, 32)
+	if err == nil && n == 1<<32-1 { // what chown(2) takes for no change
+		err = strconv.ErrRange
+	}
+	return int(n), err
+}
+
+// assume makes every thread go on as id. The directory of a private socket goes
+// along, since it is to be removed at the end.
+func (id identity) assume(private string) error {
+	if private != "" && id.uid != keep {
+		if err := os.Chown(private, id.uid, id.gid); err != nil {
+			return fmt.Errorf("change owner of the private socket: %w", err)
+		}
+	}
+	const advice = "need to be started by the superuser"
+	if id.gid != keep {
+		if err := syscall.Setgroups(id.groups); err != nil {
+			return fmt.Errorf("give up groups: %w: %s", err, advice)
+		}
+		if err := syscall.Setgid(id.gid); err != nil {
+			return fmt.Errorf("change group to %d: %w: %s", id.gid, err, advice)
+		}
+	}
+	if id.uid != keep {
+		if err := syscall.Setuid(id.uid); err != nil {
+			return fmt.Errorf("change user to %d: %w: %s", id.uid, err, advice)
+		}
+	}
+	return nil
+}
+
+// lockMemory keeps all memory of the process, also what it will have, from being
+// written to swap space.
+func lockMemory() error {
+	if err := unix.Mlockall(unix.MCL_CURRENT | unix.MCL_FUTURE); err != nil {
+		return fmt.Errorf("lock memory: %w: need the superuser's rights, or a higher limit (ulimit -l)", err)
+	}
+	return nil
+}
+
+// labelSockets gives the sockets that this thread makes from now on an SELinux
+// label, as setsockcreatecon(3) does; "" takes it back.
+func labelSockets(label string) error {
+	err := os.WriteFile("/proc/thread-self/attr/sockcreate", []byte(label), 0)
+	if err != nil {
+		return fmt.Errorf("give sockets the label %q: %w: need a kernel with SELinux, and a label of its policy", label, cause(err))
+	}
+	return nil
+}
