@@ -82,7 +82,14 @@ func Find(kind Kind, name string, dirs ...string) (Found, error) {
 		found.Script = base
 		return found, err
 	}
-	return fail("%w: looked in %s: %s", ErrNotFound, strings.Join(path, ", "), advise(kind, name, path))
+	looked := slices.DeleteFunc(slices.Clone(path), func(dir string) bool {
+		_, err := os.Stat(dir)
+		return err != nil
+	})
+	if len(looked) == 0 {
+		looked = path
+	}
+	return fail("%w: looked in %s: %s", ErrNotFound, strings.Join(looked, ", "), advise(kind, name, path))
 }
 
 // notThere tells whether a file is absent, for whatever reason.

@@ -13,7 +13,6 @@ import (
 	"runtime"
 	"strings"
 	"sync"
-	"text/tabwriter"
 	"time"
 
 	"nbdhost/loader"
@@ -63,6 +62,9 @@ func describeModule(kind loader.Kind, name string, pluginPath []string) (d descr
 		if ctx.Err() != nil {
 			err = fmt.Errorf("it took longer than %v", describeTime)
 		} else if line, _, _ := strings.Cut(strings.TrimSpace(stderr.String()), "\n"); line != "" {
+			if _, text, ok := strings.Cut(line, ": error: "); ok {
+				line = text
+			}
 			err = errors.New(line)
 		}
 		return d, err
@@ -81,7 +83,7 @@ func list(w io.Writer, o *options) error {
 			}
 		}
 		names := loader.Installed(kind, o.searchPath(kind)...)
-		rows := make([]string, len(names))
+		rows := make([][3]string, len(names))
 		var running sync.WaitGroup
 		free := make(chan struct{}, runtime.NumCPU())
 		for i, name := range names {
@@ -94,22 +96,34 @@ func list(w io.Writer, o *options) error {
 			}()
 		}
 		running.Wait()
-		table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-		fmt.Fprintf(table, "%s\tVERSION\tDESCRIPTION\n", strings.ToUpper(kind.String()))
-		for _, row := range rows {
-			fmt.Fprintln(table, row)
-		}
-		if err := table.Flush(); err != nil {
+		title := [3]string{strings.ToUpper(kind.String()), "VERSION", "DESCRIPTION"}
+		if err := write(w, table(append([][3]string{title}, rows...))); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-func listRow(kind loader.Kind, name string, o *options) string {
+// table returns rows as lines with aligned columns.
+func table(rows [][3]string) string {
+	var width [2]int
+	for _, row := range rows {
+		for i := range width {
+			width[i] = max(width[i], len(row[i]))
+		}
+	}
+	var b strings.Builder
+	for _, row := range rows {
+		line := fmt.Sprintf("%-*s  %-*s  %s", width[0], row[0], width[1], row[1], row[2])
+		b.WriteString(strings.TrimRight(line, " ") + "\n")
+	}
+	return b.String()
+}
+
+func listRow(kind loader.Kind, name string, o *options) [3]string {
 	d, err := describeModule(kind, name, o.searchPath(kind))
 	if err != nil {
-		return fmt.Sprintf("%s\t-\tcannot be used: %v", name, err)
+		return [3]string{name, "-", fmt.Sprintf("cannot be used: %v", err)}
 	}
 	text := d.LongName
 	if text == "" {
@@ -118,7 +132,7 @@ func listRow(kind loader.Kind, name string, o *options) string {
 	if d.Script != "" {
 		text = fmt.Sprintf("a script for %s: %s", d.Name, filepath.Base(d.Script))
 	}
-	return strings.TrimRight(fmt.Sprintf("%s\t%s\t%s", name, d.Version, text), " \t")
+	return [3]string{name, d.Version, text}
 }
 
 // describe writes a description of the plugin, or else of the filter, that the

@@ -172,6 +172,12 @@ func serveLoaded(o *options, start *starter, stdout io.Writer, out *logHandler,
 		}
 		log.Debug(fmt.Sprintf("forked into background (new pid = %d)", os.Getpid()))
 	}
+	if o.printURI && e.conn == nil {
+		if err := write(stdout, uriText(e.uri.String())); err != nil {
+			e.abandon()
+			return 1, fmt.Errorf("print URI: %w", err)
+		}
+	}
 	// The command keeps the rights that the server gives up. It can connect: the
 	// sockets are bound.
 	command, err := startCaptive(o, e.uri, stop.stop)
@@ -187,7 +193,7 @@ func serveLoaded(o *options, start *starter, stdout io.Writer, out *logHandler,
 		chain.Cleanup()
 		return 1, err
 	}
-	code, err := serveClients(o, start, stdout, out, chain, e, command, stop)
+	code, err := serveClients(o, start, out, chain, e, command, stop)
 	if code != statusStuck {
 		chain.Cleanup()
 	}
@@ -195,7 +201,7 @@ func serveLoaded(o *options, start *starter, stdout io.Writer, out *logHandler,
 }
 
 // serveClients serves until somebody asks to stop and all clients are gone.
-func serveClients(o *options, start *starter, stdout io.Writer, out *logHandler,
+func serveClients(o *options, start *starter, out *logHandler,
 	chain *backend.Chain, e *endpoint, command *captive, stop *stopper) (int, error) {
 	log := slog.New(out)
 	srv := server.New(server.Options{
@@ -220,7 +226,7 @@ func serveClients(o *options, start *starter, stdout io.Writer, out *logHandler,
 			srv.Shutdown()
 		}()
 	}
-	err := announce(o, start, stdout, out, e)
+	err := announce(o, start, out)
 	stop.attach(srv)
 	if err != nil {
 		srv.Shutdown()
@@ -251,12 +257,7 @@ func serveClients(o *options, start *starter, stdout io.Writer, out *logHandler,
 }
 
 // announce tells everybody who waits for it that clients are served.
-func announce(o *options, start *starter, stdout io.Writer, out *logHandler, e *endpoint) (err error) {
-	if o.printURI && e.conn == nil {
-		if err := write(stdout, uriText(e.uri.String())); err != nil {
-			return fmt.Errorf("print URI: %w", err)
-		}
-	}
+func announce(o *options, start *starter, out *logHandler) (err error) {
 	if o.pidfile != "" {
 		if err := writePidfile(o.pidfile); err != nil {
 			return err
