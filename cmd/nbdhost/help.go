@@ -49,7 +49,7 @@ func usage() string {
 			}
 			left += "--" + opt.names[0]
 			if opt.arg != "" {
-				left += "=" + opt.arg
+				left += strings.Replace("="+opt.arg, "=[", "[=", 1) // the value may be left out
 			}
 			if len(left) > column-2 {
 				fmt.Fprintf(&b, "%s\n", left)

@@ -50,6 +50,10 @@ func dispatch(args []string, stdout, stderr io.Writer) (int, error) {
 	if err != nil {
 		return 1, err
 	}
+	findings, checks, err := findCheck()
+	if err != nil {
+		return 1, err
+	}
 	o, err := parse(args[1:])
 	if err != nil {
 		return 1, err
@@ -78,6 +82,12 @@ func dispatch(args []string, stdout, stderr io.Writer) (int, error) {
 		return 1, errors.New("got no plugin: need the name of one, such as: nbdhost memory 1G; see --help")
 	}
 	serving := !o.help && !o.version
+	switch {
+	case findings != nil:
+		return runChecks(o, checks, findings, newLog(o, stderr))
+	case serving && o.check != "":
+		return checkPlugin(o, args, stdout)
+	}
 	if serving {
 		if o.inherited, err = inheritSockets(); err != nil {
 			return 1, err

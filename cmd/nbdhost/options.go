@@ -13,6 +13,7 @@ import (
 
 	"github.com/spf13/pflag"
 
+	"nbdhost/check"
 	"nbdhost/loader"
 )
 
@@ -70,6 +71,9 @@ type options struct {
 
 	// What to do instead of serving.
 	help, version, dumpPlugin, dumpConfig bool
+	check                                 string   // the format of the report; "" for none
+	checkOnly                             []string // names of checks; none for all
+	checkWrites                           bool
 	longOptions, shortOptions             bool
 	list, describe, complete, manual      bool
 	completion                            string // a shell; "" for none
@@ -224,6 +228,13 @@ var optionTable = []option{
 	{groupOutput, []string{"name"}, "", "NAME", "start messages with NAME (default nbdkit)", text(func(o *options) *string { return &o.name })},
 	{groupOutput, []string{"print-uri", "print-url", "show-uri", "show-url"}, "", "", "write the URI to standard output", flag(func(o *options) *bool { return &o.printURI })},
 
+	{groupInfo, []string{"check"}, "", "[FORMAT]", "check that the plugin keeps its promises, and report as text,\ntap or json", checkFormat},
+	{groupInfo, []string{"check-only"}, "", "NAME,...", "run only these checks, or groups of them",
+		func(o *options, v string) error {
+			o.checkOnly = append(o.checkOnly, strings.Split(v, ",")...)
+			return nil
+		}},
+	{groupInfo, []string{"check-writes"}, "", "", "let checks write to the export", flag(func(o *options) *bool { return &o.checkWrites })},
 	{groupInfo, []string{"dump-plugin"}, "", "", "describe the plugin as KEY=VALUE lines and exit", flag(func(o *options) *bool { return &o.dumpPlugin })},
 	{groupInfo, []string{"help"}, "", "", "show this text, and the plugin's if one is given, and exit", flag(func(o *options) *bool { return &o.help })},
 	{groupInfo, []string{"version"}, "V", "", "show the version, and the plugin's if one is given, and exit", flag(func(o *options) *bool { return &o.version })},
@@ -319,6 +330,8 @@ func parse(args []string) (*options, error) {
 		f := flags.VarPF(&optionValue{opt, o}, opt.names[0], opt.short, "")
 		if opt.arg == "" {
 			f.NoOptDefVal = noValue
+		} else if strings.HasPrefix(opt.arg, "[") {
+			f.NoOptDefVal = check.Formats[0]
 		}
 	}
 	// After the flags are there: their own names must not be taken for shortened ones.
