@@ -1,0 +1,30 @@
+// Package nbdtls secures NBD connections with TLS: X.509 certificates by
+// crypto/tls, pre-shared keys and priority strings by the system's GnuTLS. There
+// is no cryptography in it.
+//
+// # Which library
+//
+// crypto/tls knows neither pre-shared keys nor GnuTLS's priority strings. Where
+// one of them is asked for, libgnutls.so.30 is loaded, then and not before; it
+// need not be there otherwise. Both give a [Conn].
+//
+// # Life cycle
+//
+// [NewServer] reads the files that a [Config] names. [Server.Handshake] secures one
+// connection, and reads the files again first if they have changed since: new
+// connections use the new ones, and running ones go on. Files that cannot be used
+// leave the old ones in use, and a line in the log says why. [Client] is the other
+// side.
+//
+// # Goroutines
+//
+// A Server is for any number of goroutines at a time, a Conn for one that reads and
+// one that writes. GnuTLS works on the connection's own descriptor, which does not
+// block: a goroutine that has to wait is parked by Go's poller and holds no thread.
+// GnuTLS calls back into Go once in a handshake, for a user's key.
+//
+// # Memory
+//
+// A session of GnuTLS's is freed by Conn.Close, credentials once no session uses
+// them any more. Keys are in Go's memory as long as they are in use.
+package nbdtls
