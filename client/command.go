@@ -39,7 +39,9 @@ type ExtentFunc func(context string, offset uint64, runs []protocol.Descriptor)
 // on are guarded by Conn.mu.
 type command struct {
 	request    protocol.Request
-	data       []byte // what to write, or where to read to; the caller's
+	data       []byte   // what to write, or where to read to; the caller's
+	asked      uint64   // bytes of the export that a block status is asked about
+	only       []uint32 // the contexts that it is asked about; nil for all
 	extents    ExtentFunc
 	completion Completion
 
@@ -94,6 +96,31 @@ func (c *Conn) AioBlockStatus(count, off uint64, flags protocol.CommandFlags, ex
 	return c.issue(&command{request: protocol.Request{Type: protocol.CmdBlockStatus, Flags: flags, Offset: off, Length: count}, extents: extents, completion: completion})
 }
 
+// AioBlockStatusOf is AioBlockStatus for some of the selected meta contexts only.
+// It fails where the server does not have NBD_FLAG_BLOCK_STATUS_PAYLOAD, and for a
+// context that was not selected.
+func (c *Conn) AioBlockStatusOf(contexts []string, count, off uint64, flags protocol.CommandFlags, extents ExtentFunc, completion Completion) (uint64, error) {
+	if c.export.Flags&protocol.FlagBlockStatusPayload == 0 {
+		return 0, fmt.Errorf("issue %v: the export does not have %v", protocol.CmdBlockStatus, protocol.FlagBlockStatusPayload)
+	}
+	q := protocol.BlockStatusRequest{Length: count}
+	for _, name := range contexts {
+		id, ok := c.contextID(name)
+		if !ok {
+			return 0, fmt.Errorf("issue %v: got context %q, need one that was selected", protocol.CmdBlockStatus, name)
+		}
+		q.ContextIDs = append(q.ContextIDs, id)
+	}
+	return c.issue(&command{
+		request:    protocol.Request{Type: protocol.CmdBlockStatus, Flags: flags | protocol.CmdFlagPayloadLen, Offset: off, Length: uint64(q.WireSize())},
+		data:       q.AppendTo(nil),
+		asked:      count,
+		only:       append([]uint32{}, q.ContextIDs...),
+		extents:    extents,
+		completion: completion,
+	})
+}
+
 // AioCommandCompleted tells whether a command has completed, and if so how. It
 // tells each command's result once: after that, and for a command that its
 // completion retired, the cookie is unknown, which is an error with false.
@@ -114,8 +141,14 @@ func (c *Conn) AioCommandCompleted(cookie uint64) (bool, error) {
 // issue queues a command. If it fails nothing was issued, and the completion is
 // never called.
 func (c *Conn) issue(cmd *command) (uint64, error) {
-	if cmd.request.Length > math.MaxUint32 {
-		return 0, fmt.Errorf("issue %v: got length %d, need at most %d; split the command", cmd.request.Type, cmd.request.Length, uint32(math.MaxUint32))
+	if cmd.request.Type == protocol.CmdWrite && c.extended {
+		cmd.request.Flags |= protocol.CmdFlagPayloadLen
+	}
+	if cmd.only == nil {
+		cmd.asked = cmd.request.Length
+	}
+	if !c.extended && cmd.request.Length > math.MaxUint32 {
+		return 0, fmt.Errorf("issue %v: got length %d, need at most %d without extended headers; split the command", cmd.request.Type, cmd.request.Length, uint32(math.MaxUint32))
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -127,7 +160,7 @@ func (c *Conn) issue(cmd *command) (uint64, error) {
 	}
 	c.cookie++
 	cmd.request.Cookie = c.cookie
-	cmd.sent = cmd.request.Type != protocol.CmdWrite
+	cmd.sent = cmd.request.PayloadLength(c.extended) == 0
 	c.commands[c.cookie] = cmd
 	c.enqueue(cmd)
 	return c.cookie, nil

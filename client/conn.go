@@ -19,8 +19,12 @@ var ErrDisconnected = errors.New("disconnected from the server")
 type Options struct {
 	// Export is the export's name; empty takes the URI's, or the default export.
 	Export string
-	// SimpleReplies does without structured replies, and so without meta contexts.
+	// SimpleReplies does without structured replies, and so without extended
+	// headers and meta contexts.
 	SimpleReplies bool
+	// CompactHeaders does without extended headers, and so without commands of
+	// more than 32 bits of length.
+	CompactHeaders bool
 	// MetaContexts are the contexts to select. nil selects base:allocation, an
 	// empty slice none.
 	MetaContexts []string
@@ -46,6 +50,7 @@ type Conn struct {
 	in         io.Reader // nc, buffered
 	export     Export
 	structured bool
+	extended   bool
 	contexts   map[uint32]string // meta contexts by their number
 
 	wake    chan struct{} // tells the sender that the queue has grown; holds one
@@ -78,7 +83,7 @@ func dial(ctx context.Context, uri string, opts *Options) (net.Conn, *Options, e
 		return nil, nil, err
 	}
 	if u.TLS || u.Transport == protocol.TransportVsock {
-		return nil, nil, fmt.Errorf("dial %s: this client has neither TLS nor vsock; use nbd: or nbd+unix:", u)
+		return nil, nil, fmt.Errorf("dial %s: this client has neither TLS nor vsock; use nbd or nbd+unix", u)
 	}
 	var o Options
 	if opts != nil {
@@ -106,6 +111,7 @@ func New(ctx context.Context, nc net.Conn, opts *Options) (*Conn, error) {
 		in:         h.in,
 		export:     h.export,
 		structured: h.structured,
+		extended:   h.extended,
 		contexts:   h.contexts,
 		wake:       make(chan struct{}, 1),
 		broken:     make(chan struct{}),
@@ -175,17 +181,26 @@ func (c *Conn) Name() string { return c.export.Name }
 // Description is the export's description, empty if the server told none.
 func (c *Conn) Description() string { return c.export.Description }
 
-// Structured tells whether structured replies were negotiated.
+// Structured tells whether structured replies were negotiated, which extended
+// headers include.
 func (c *Conn) Structured() bool { return c.structured }
+
+// Extended tells whether extended headers were negotiated.
+func (c *Conn) Extended() bool { return c.extended }
 
 // HasContext tells whether a meta context was selected.
 func (c *Conn) HasContext(name string) bool {
-	for _, n := range c.contexts {
+	_, ok := c.contextID(name)
+	return ok
+}
+
+func (c *Conn) contextID(name string) (uint32, bool) {
+	for id, n := range c.contexts {
 		if n == name {
-			return true
+			return id, true
 		}
 	}
-	return false
+	return 0, false
 }
 
 // Disconnect sends NBD_CMD_DISC after what is queued, and waits until the

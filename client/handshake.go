@@ -33,7 +33,8 @@ type handshake struct {
 	opts       Options
 	noZeroes   bool
 	fixed      bool
-	structured bool
+	structured bool // also true with extended headers
+	extended   bool
 	contexts   map[uint32]string
 	export     Export
 }
@@ -88,7 +89,12 @@ func (h *handshake) enter() error {
 	if !h.fixed {
 		return h.exportName()
 	}
-	if !h.opts.SimpleReplies {
+	if !h.opts.SimpleReplies && !h.opts.CompactHeaders && !h.opts.NoGo {
+		if err := wanted(h.extendedHeaders()); err != nil {
+			return err
+		}
+	}
+	if !h.opts.SimpleReplies && !h.extended {
 		if err := wanted(h.structuredReplies()); err != nil {
 			return err
 		}
@@ -104,7 +110,7 @@ func (h *handshake) enter() error {
 	err := h.info(protocol.OptGo)
 	var refused *OptionError
 	if errors.As(err, &refused) {
-		if refused.Reply == protocol.RepErrUnsup {
+		if refused.Reply == protocol.RepErrUnsup && !h.extended {
 			return h.exportName()
 		}
 		// Leave politely; the refusal is what counts.
@@ -127,6 +133,14 @@ func (h *handshake) structuredReplies() error {
 		return err
 	}
 	h.structured = true
+	return nil
+}
+
+func (h *handshake) extendedHeaders() error {
+	if err := h.ask(protocol.OptExtendedHeaders, nil, nil); err != nil {
+		return err
+	}
+	h.structured, h.extended = true, true
 	return nil
 }
 

@@ -28,6 +28,9 @@ func welcome(t testing.TB, nc net.Conn) protocol.Request {
 		}
 		io.ReadFull(nc, make([]byte, h.Length))
 		switch h.Option {
+		case protocol.OptExtendedHeaders:
+			nc.Write(optionReply(h.Option, protocol.RepErrUnsup, nil))
+			continue
 		case protocol.OptSetMetaContext:
 			m := protocol.MetaContextReply{ID: 1, Name: protocol.ContextBaseAllocation}
 			nc.Write(optionReply(h.Option, protocol.RepMetaContext, m.AppendTo(nil)))
@@ -219,7 +222,7 @@ func TestBlockStatus(t *testing.T) {
 		{"twice", 0, func(k uint64) [][]byte {
 			return [][]byte{chunk(k, 0, typ, status(1, 512)), chunk(k, done, typ, status(1, 512))}
 		}, "had come already"},
-		{"none", 0, func(k uint64) [][]byte { return [][]byte{chunk(k, done, protocol.ReplyNone, nil)} }, "got no NBD_REPLY_TYPE_BLOCK_STATUS"},
+		{"none", 0, func(k uint64) [][]byte { return [][]byte{chunk(k, done, protocol.ReplyNone, nil)} }, "block status of 0 contexts"},
 		{"empty", 0, func(k uint64) [][]byte { return [][]byte{chunk(k, done, typ, status(1))} }, "no descriptor"},
 		{"too long", 0, func(k uint64) [][]byte {
 			h := protocol.ChunkHeader{Cookie: k, Flags: done, Type: typ, Length: 4 + 8*(protocol.MaxExtents+1)}
@@ -313,7 +316,7 @@ func TestHandshakeRefused(t *testing.T) {
 	for _, test := range tests {
 		t.Run(test.name, func(t *testing.T) {
 			nc := script(t, func(nc net.Conn) { nc.Write(test.bytes) })
-			_, err := New(context.Background(), nc, nil)
+			_, err := New(context.Background(), nc, &Options{CompactHeaders: true})
 			if err == nil || !strings.Contains(err.Error(), test.says) {
 				t.Errorf("got %v, need it to say %q", err, test.says)
 			}
@@ -334,29 +337,133 @@ func FuzzServer(f *testing.F) {
 	f.Add(append(talk[:len(talk):len(talk)], chunk(1, done, protocol.ReplyOffsetData, offsetData(0, strings.Repeat("a", 64)))...))
 	f.Add(append(talk[:len(talk):len(talk)], chunk(2, done, protocol.ReplyBlockStatus, status(1, 64))...))
 	f.Add(append(talk[:len(talk):len(talk)], (&protocol.SimpleReply{Cookie: 3, Errno: 5}).AppendTo(nil)...))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		ours, theirs := net.Pipe()
-		drained := make(chan struct{})
-		go func() { io.Copy(io.Discard, theirs); close(drained) }()
-		go func() { theirs.Write(b); theirs.Close() }()
-		if c, err := New(context.Background(), ours, nil); err == nil {
-			calls, issued := make(chan error, 6), 0
-			f := func(err error) int { calls <- err; return 1 }
-			for _, issue := range []func() (uint64, error){
-				func() (uint64, error) { return c.AioPread(make([]byte, 64), 0, 0, f) },
-				func() (uint64, error) { return c.AioBlockStatus(64, 0, 0, nil, f) },
-				func() (uint64, error) { return c.AioPwrite(make([]byte, 64), 0, 0, f) },
-			} {
-				if _, err := issue(); err == nil {
-					issued++
-				}
+	f.Fuzz(func(t *testing.T, b []byte) { talkTo(t, b, &Options{CompactHeaders: true}) })
+}
+
+// talkTo has a client talk to a server that says b, whatever the client says.
+func talkTo(t *testing.T, b []byte, opts *Options) {
+	ours, theirs := net.Pipe()
+	drained := make(chan struct{})
+	go func() { io.Copy(io.Discard, theirs); close(drained) }()
+	go func() { theirs.Write(b); theirs.Close() }()
+	if c, err := New(context.Background(), ours, opts); err == nil {
+		calls, issued := make(chan error, 8), 0
+		f := func(err error) int { calls <- err; return 1 }
+		for _, issue := range []func() (uint64, error){
+			func() (uint64, error) { return c.AioPread(make([]byte, 64), 0, 0, f) },
+			func() (uint64, error) { return c.AioBlockStatus(64, 0, 0, nil, f) },
+			func() (uint64, error) { return c.AioPwrite(make([]byte, 64), 0, 0, f) },
+			func() (uint64, error) {
+				return c.AioBlockStatusOf([]string{protocol.ContextBaseAllocation}, 64, 0, 0, nil, f)
+			},
+		} {
+			if _, err := issue(); err == nil {
+				issued++
 			}
-			<-c.Done()
-			if len(calls) != issued {
-				t.Errorf("got %d completions of %d commands", len(calls), issued)
-			}
-			c.Close()
 		}
-		<-drained
-	})
+		<-c.Done()
+		if len(calls) != issued {
+			t.Errorf("got %d completions of %d commands", len(calls), issued)
+		}
+		c.Close()
+	}
+	<-drained
+}
+
+// greet is the server's part of a handshake with extended headers and
+// base:allocation as context 1, for an export of 2^40 bytes, all at once.
+func greet() []byte {
+	b := (&protocol.Greeting{Flags: 3}).AppendTo(nil)
+	b = append(b, optionReply(protocol.OptExtendedHeaders, protocol.RepAck, nil)...)
+	b = append(b, optionReply(protocol.OptSetMetaContext, protocol.RepMetaContext, (&protocol.MetaContextReply{ID: 1, Name: "base:allocation"}).AppendTo(nil))...)
+	b = append(b, optionReply(protocol.OptSetMetaContext, protocol.RepAck, nil)...)
+	e := protocol.ExportInfo{Size: 1 << 40, Flags: protocol.FlagHasFlags | protocol.FlagBlockStatusPayload}
+	b = append(b, optionReply(protocol.OptGo, protocol.RepInfo, e.AppendTo(nil))...)
+	return append(b, optionReply(protocol.OptGo, protocol.RepAck, nil)...)
+}
+
+func extendedChunk(cookie, off uint64, flags protocol.ReplyFlags, typ protocol.ReplyType, data []byte) []byte {
+	h := protocol.ChunkHeader{Cookie: cookie, Offset: off, Flags: flags, Type: typ, Length: uint64(len(data))}
+	return append(h.AppendExtendedTo(nil), data...)
+}
+
+func extendedStatus(id uint32, lengths ...uint64) []byte {
+	s := protocol.BlockStatus{ContextID: id}
+	for _, n := range lengths {
+		s.Descriptors = append(s.Descriptors, protocol.Descriptor{Length: n})
+	}
+	return s.AppendExtendedTo(nil)
+}
+
+// FuzzExtendedServer is FuzzServer with extended headers.
+func FuzzExtendedServer(f *testing.F) {
+	f.Add(greet())
+	f.Add(append(greet(), extendedChunk(1, 0, done, protocol.ReplyOffsetData, offsetData(0, strings.Repeat("a", 64)))...))
+	f.Add(append(greet(), extendedChunk(2, 0, done, protocol.ReplyBlockStatusExt, extendedStatus(1, 64))...))
+	f.Add(append(greet(), extendedChunk(3, 0, done, protocol.ReplyNone, nil)...))
+	f.Fuzz(func(t *testing.T, b []byte) { talkTo(t, b, nil) })
+}
+
+// TestExtendedReplies has a server answer a block status of 2^33 bytes at 512 with
+// extended headers, well and badly.
+func TestExtendedReplies(t *testing.T) {
+	const off, n = 512, 1 << 33
+	typ, ext := protocol.ReplyBlockStatus, protocol.ReplyBlockStatusExt
+	tests := []struct {
+		name  string
+		only  []string
+		reply []byte
+		says  string
+	}{
+		{"64-bit", nil, extendedChunk(1, off, done, ext, extendedStatus(1, n)), ""},
+		{"32-bit", nil, extendedChunk(1, off, done, typ, status(1, 1<<30)), ""},
+		{"of one context", []string{protocol.ContextBaseAllocation}, extendedChunk(1, off, done, ext, extendedStatus(1, n)), ""},
+		{"64-bit, no count", nil, extendedChunk(1, off, done, ext, append([]byte{0, 0, 0, 1, 0, 0, 0, 0}, extendedStatus(1, n)[8:]...)), ""},
+		{"64-bit, wrong count", nil, extendedChunk(1, off, done, ext, append([]byte{0, 0, 0, 1, 0, 0, 0, 9}, extendedStatus(1, n)[8:]...)), "9 as counted"},
+		{"too much", nil, extendedChunk(1, off, done, ext, extendedStatus(1, n, 1)), "past the 8589934592"},
+		{"other offset", nil, extendedChunk(1, off+1, done, ext, extendedStatus(1, n)), "offset 513"},
+		{"compact chunk", nil, chunk(1, done, typ, status(1, 512)), "magic number"},
+		{"simple reply", nil, (&protocol.SimpleReply{Cookie: 1, Errno: protocol.EIO}).AppendTo(nil), "magic number"},
+		{"error", nil, extendedChunk(1, off, done, protocol.ReplyErrorOffset, (&protocol.ErrorChunk{Type: protocol.ReplyErrorOffset, Errno: protocol.EIO, Msg: "alas", Offset: 600}).AppendTo(nil)), "alas"},
+		{"too long", nil, (&protocol.ChunkHeader{Cookie: 1, Offset: off, Flags: done, Type: ext, Length: 1 << 60}).AppendExtendedTo(nil), "at most"},
+	}
+	for _, test := range tests {
+		t.Run(test.name, func(t *testing.T) {
+			var got protocol.Request
+			nc := script(t, func(nc net.Conn) {
+				nc.Write(greet())
+				// The handshake's part of the client, up to its request.
+				opts := 4 + 3*protocol.OptionHeaderSize
+				b := make([]byte, opts+len("base:allocation")+12+4+2+3*2)
+				io.ReadFull(nc, b)
+				b = make([]byte, protocol.ExtendedRequestSize)
+				if _, err := io.ReadFull(nc, b); err != nil {
+					t.Error(err)
+				}
+				if err := got.DecodeExtended(b); err != nil {
+					t.Error(err)
+				}
+				io.ReadFull(nc, make([]byte, got.PayloadLength(true)))
+				nc.Write(test.reply)
+			})
+			c, err := New(context.Background(), nc, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			var runs map[string][]protocol.Descriptor
+			if test.only == nil {
+				runs, err = c.BlockStatus(n, off, 0)
+			} else {
+				runs, err = c.BlockStatusOf(test.only, n, off, 0)
+			}
+			if test.says == "" && (err != nil || len(runs[protocol.ContextBaseAllocation]) == 0) ||
+				test.says != "" && (err == nil || !strings.Contains(err.Error(), test.says)) {
+				t.Errorf("got %v, %v, need it to say %q", runs, err, test.says)
+			}
+			if _, err := c.BlockStatusOf([]string{"x:y"}, 1, 0, 0); err == nil || !strings.Contains(err.Error(), "x:y") {
+				t.Errorf("context that was not selected: got %v", err)
+			}
+		})
+	}
 }

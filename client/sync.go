@@ -49,9 +49,23 @@ func (c *Conn) Cache(count, off uint64, flags protocol.CommandFlags) error {
 // BlockStatus gives, for each selected meta context, consecutive runs from off
 // on. They may end before off+count, and the last may reach beyond it.
 func (c *Conn) BlockStatus(count, off uint64, flags protocol.CommandFlags) (map[string][]protocol.Descriptor, error) {
+	return collect(func(extents ExtentFunc, done Completion) (uint64, error) {
+		return c.AioBlockStatus(count, off, flags, extents, done)
+	})
+}
+
+// BlockStatusOf is BlockStatus for some of the selected meta contexts only.
+func (c *Conn) BlockStatusOf(contexts []string, count, off uint64, flags protocol.CommandFlags) (map[string][]protocol.Descriptor, error) {
+	return collect(func(extents ExtentFunc, done Completion) (uint64, error) {
+		return c.AioBlockStatusOf(contexts, count, off, flags, extents, done)
+	})
+}
+
+// collect waits for a block status and keeps what it says.
+func collect(issue func(ExtentFunc, Completion) (uint64, error)) (map[string][]protocol.Descriptor, error) {
 	statuses := make(map[string][]protocol.Descriptor)
 	err := wait(func(done Completion) (uint64, error) {
-		return c.AioBlockStatus(count, off, flags, func(context string, _ uint64, runs []protocol.Descriptor) {
+		return issue(func(context string, _ uint64, runs []protocol.Descriptor) {
 			statuses[context] = slices.Clone(runs)
 		}, done)
 	})

@@ -39,12 +39,16 @@ func (c *Conn) send() {
 // write sends requests, and the data of writes from where it is.
 func (c *Conn) write(batch []*command) error {
 	// headers must not grow: out holds parts of it.
-	headers := make([]byte, 0, len(batch)*protocol.RequestSize)
+	headers := make([]byte, 0, len(batch)*protocol.ExtendedRequestSize)
 	var out net.Buffers
 	start := 0
 	for _, cmd := range batch {
-		headers = cmd.request.AppendTo(headers)
-		if cmd.request.Type == protocol.CmdWrite && len(cmd.data) > 0 {
+		if c.extended {
+			headers = cmd.request.AppendExtendedTo(headers)
+		} else {
+			headers = cmd.request.AppendTo(headers)
+		}
+		if cmd.request.PayloadLength(c.extended) > 0 {
 			out = append(out, headers[start:], cmd.data)
 			start = len(headers)
 		}
@@ -106,7 +110,7 @@ func (c *Conn) pending() bool {
 // receiver is the receiving goroutine's state.
 type receiver struct {
 	*Conn
-	header [protocol.ChunkHeaderSize]byte
+	header [protocol.ExtendedChunkHeaderSize]byte
 	buf    []byte // reused for what is decoded at once
 	status protocol.BlockStatus
 }
@@ -119,8 +123,8 @@ func (r *receiver) next() error {
 		return err
 	}
 	kind, ok := protocol.ReplyMagic(magic)
-	if !ok || kind == protocol.KindExtendedChunk {
-		return fmt.Errorf("got %#x, need the magic number of a simple or structured reply", magic)
+	if !ok || r.extended != (kind == protocol.KindExtendedChunk) {
+		return fmt.Errorf("got %#x, need the magic number of the replies that were negotiated", magic)
 	}
 	header := r.header[:kind.HeaderSize()]
 	if err := r.full(header[4:]); err != nil {
@@ -134,7 +138,11 @@ func (r *receiver) next() error {
 		return r.simple(&s)
 	}
 	var h protocol.ChunkHeader
-	if err := h.Decode(header); err != nil {
+	if kind == protocol.KindChunk {
+		if err := h.Decode(header); err != nil {
+			return err
+		}
+	} else if err := h.DecodeExtended(header); err != nil {
 		return err
 	}
 	return r.chunk(&h)
@@ -204,6 +212,9 @@ func (r *receiver) chunk(h *protocol.ChunkHeader) error {
 	if err != nil {
 		return err
 	}
+	if r.extended && h.Offset != cmd.request.Offset {
+		return fmt.Errorf("got a reply for offset %d to %v at %d", h.Offset, cmd.request.Type, cmd.request.Offset)
+	}
 	done := h.Flags&protocol.ReplyFlagDone != 0
 	switch {
 	case h.Type == protocol.ReplyNone:
@@ -214,7 +225,7 @@ func (r *receiver) chunk(h *protocol.ChunkHeader) error {
 		err = r.offsetData(cmd, h)
 	case h.Type == protocol.ReplyOffsetHole && cmd.request.Type == protocol.CmdRead:
 		err = r.offsetHole(cmd, h)
-	case h.Type == protocol.ReplyBlockStatus && cmd.request.Type == protocol.CmdBlockStatus:
+	case cmd.request.Type == protocol.CmdBlockStatus && (h.Type == protocol.ReplyBlockStatus || h.Type == protocol.ReplyBlockStatusExt && r.extended):
 		err = r.blockStatus(cmd, h)
 	case h.Type.IsError():
 		err = r.errorChunk(cmd, h)
@@ -232,8 +243,12 @@ func (r *receiver) chunk(h *protocol.ChunkHeader) error {
 	case protocol.CmdRead:
 		err = cmd.whole()
 	case protocol.CmdBlockStatus:
-		if len(cmd.statuses) == 0 {
-			err = fmt.Errorf("got no %v in a reply without error", protocol.ReplyBlockStatus)
+		need := len(cmd.only)
+		if cmd.only == nil {
+			need = len(r.contexts)
+		}
+		if len(cmd.statuses) != need {
+			err = fmt.Errorf("got block status of %d contexts in a reply without error, need %d", len(cmd.statuses), need)
 		}
 	}
 	if err == nil {
@@ -314,14 +329,21 @@ func (r *receiver) offsetHole(cmd *command, h *protocol.ChunkHeader) error {
 }
 
 func (r *receiver) blockStatus(cmd *command, h *protocol.ChunkHeader) error {
-	b, err := r.payload(h.Length, 4+8*protocol.MaxExtents, h.Type)
+	decode, limit := r.status.Decode, uint64(4+8*protocol.MaxExtents)
+	if h.Type == protocol.ReplyBlockStatusExt {
+		decode, limit = r.status.DecodeExtended, 8+16*protocol.MaxExtents
+	}
+	b, err := r.payload(h.Length, limit, h.Type)
 	if err != nil {
 		return err
 	}
-	if err := r.status.Decode(b); err != nil {
+	if err := decode(b); err != nil {
 		return err
 	}
 	name, ok := r.contexts[r.status.ContextID]
+	if cmd.only != nil && !slices.Contains(cmd.only, r.status.ContextID) {
+		ok = false
+	}
 	if !ok || cmd.statuses[r.status.ContextID] {
 		return fmt.Errorf("got block status of context %d, which was not selected or had come already", r.status.ContextID)
 	}
@@ -332,13 +354,13 @@ func (r *receiver) blockStatus(cmd *command, h *protocol.ChunkHeader) error {
 	// All but the last run must start within the request.
 	var sum uint64
 	for i := range r.status.Descriptors {
-		if sum >= cmd.request.Length {
-			return fmt.Errorf("got block status of %d runs, of which number %d is past the %d bytes asked for", len(r.status.Descriptors), i, cmd.request.Length)
+		if sum >= cmd.asked {
+			return fmt.Errorf("got block status of %d runs, of which number %d is past the %d bytes asked for", len(r.status.Descriptors), i, cmd.asked)
 		}
 		sum += r.status.Descriptors[i].Length
 	}
-	if cmd.request.Flags&protocol.CmdFlagReqOne != 0 && (len(r.status.Descriptors) != 1 || sum > cmd.request.Length) {
-		return fmt.Errorf("got block status of %d runs and %d bytes, need one run of at most %d with %v", len(r.status.Descriptors), sum, cmd.request.Length, protocol.CmdFlagReqOne)
+	if cmd.request.Flags&protocol.CmdFlagReqOne != 0 && (len(r.status.Descriptors) != 1 || sum > cmd.asked) {
+		return fmt.Errorf("got block status of %d runs and %d bytes, need one run of at most %d with %v", len(r.status.Descriptors), sum, cmd.asked, protocol.CmdFlagReqOne)
 	}
 	if cmd.extents != nil {
 		cmd.extents(name, cmd.request.Offset, r.status.Descriptors)

@@ -17,7 +17,7 @@
 //	NBD_OPT_INFO, NBD_OPT_GO                   InfoRequest
 //	NBD_REP_SERVER                             ServerReply
 //	NBD_REP_INFO                               InfoType, ExportInfo, TextInfo, BlockSizeInfo
-//	Metadata querying                          MetaContextRequest, MetaContextReply
+//	Metadata querying                          MetaContextRequest, MetaContextReply, BlockStatusRequest
 //	Command flags, request types               CommandFlags, Commands
 //	Structured reply flags and types           ReplyFlags, ReplyType, OffsetData, OffsetHole,
 //	                                           ErrorChunk, BlockStatus

@@ -74,7 +74,11 @@ func FuzzErrorOffsetChunk(f *testing.F) {
 }
 func FuzzBlockStatus(f *testing.F) { fuzz(f, func() *BlockStatus { return &BlockStatus{} }, true) }
 func FuzzExtendedBlockStatus(f *testing.F) {
-	fuzz(f, func() extended { return extended{&BlockStatus{}} }, true)
+	fuzz(f, func() extended { return extended{&BlockStatus{}} }, false) // a count of 0
+}
+
+func FuzzBlockStatusRequest(f *testing.F) {
+	fuzz(f, func() *BlockStatusRequest { return &BlockStatusRequest{} }, true)
 }
 
 // FuzzValidate: what is accepted lies within the export.
@@ -88,6 +92,13 @@ func FuzzValidate(f *testing.F) {
 		}
 		n := Negotiated{Size: size, Flags: ExportFlags(flags), StructuredReplies: bits, ExtendedHeaders: bits, MetaContexts: bits}
 		err := n.Validate(&r)
+		if err == nil && r.Type == CmdBlockStatus && r.PayloadLength(bits) > 0 {
+			if r.Length > MaxBlockStatusRequest {
+				t.Fatalf("%+v was accepted", r)
+			}
+			(&BlockStatusRequest{Length: r.Offset ^ r.Length}).Apply(&r)
+			err = n.Validate(&r)
+		}
 		if err == nil && r.Type != CmdDisc && (r.Offset > size || r.Length > size-r.Offset) {
 			t.Fatalf("%+v was accepted by %+v", r, n)
 		}

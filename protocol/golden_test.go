@@ -54,6 +54,7 @@ var golden = []struct {
 	{"meta context", &MetaContextReply{ID: 1, Name: "base:allocation"}, &MetaContextReply{}, "00000001 626173653a616c6c6f636174696f6e", false},
 	{"request", &Request{Type: CmdWriteZeroes, Flags: CmdFlagFUA | CmdFlagNoHole, Cookie: 0x1122334455667788, Offset: 0x99aabbccddeeff00, Length: 0xfffffffe}, &Request{}, "25609513 0003 0006 1122334455667788 99aabbccddeeff00 fffffffe", true},
 	{"extended request", extended{&Request{Type: CmdWrite, Flags: CmdFlagPayloadLen, Cookie: 1, Offset: 2, Length: 1 << 40}}, extended{&Request{}}, "21e41c71 0020 0001 0000000000000001 0000000000000002 0000010000000000", true},
+	{"block status request", &BlockStatusRequest{Length: 1 << 40, ContextIDs: []uint32{1, 9}}, &BlockStatusRequest{}, "0000010000000000 00000001 00000009", false},
 	{"simple reply", &SimpleReply{Errno: ENOSPC, Cookie: 0x1122334455667788}, &SimpleReply{}, "67446698 0000001c 1122334455667788", true},
 	{"chunk", &ChunkHeader{Flags: ReplyFlagDone, Type: ReplyErrorOffset, Cookie: 7, Length: 14}, &ChunkHeader{}, "668e33ef 0001 8002 0000000000000007 0000000e", true},
 	{"extended chunk", extended{&ChunkHeader{Flags: ReplyFlagDone, Type: ReplyBlockStatusExt, Cookie: 7, Offset: 512, Length: 24}}, extended{&ChunkHeader{}}, "6e8a278c 0001 0006 0000000000000007 0000000000000200 0000000000000018", true},
@@ -98,7 +99,7 @@ func TestGolden(t *testing.T) {
 // TestTruncated cuts each message at every byte. Some stay valid, since their
 // last string ends with the message; those must decode to what they say.
 func TestTruncated(t *testing.T) {
-	mayEnd := map[string]int{"server": 8, "info name": 2, "info description": 2, "meta context": 4, "block status": 12}
+	mayEnd := map[string]int{"server": 8, "info name": 2, "info description": 2, "meta context": 4, "block status": 12, "block status request": 12}
 	for _, g := range golden {
 		t.Run(g.name, func(t *testing.T) {
 			whole := unhex(t, g.bytes)
@@ -182,6 +183,9 @@ func TestRefused(t *testing.T) {
 		{"error 0", &ErrorChunk{Type: ReplyError}, "00000000 0000", ErrValue},
 		{"text longer than the chunk", &ErrorChunk{Type: ReplyError}, "00000005 0004 616263", ErrShort},
 		{"text that overlaps the offset", &ErrorChunk{Type: ReplyErrorOffset}, "00000005 0001 6162636465666768", ErrShort},
+		{"context twice", &BlockStatusRequest{}, "0000000000000001 00000001 00000002 00000001", ErrValue},
+		{"half a context", &BlockStatusRequest{}, "0000000000000001 00000001 0000", ErrLong},
+		{"no context", &BlockStatusRequest{}, "0000000000000001", ErrShort},
 		{"no descriptor", &BlockStatus{}, "00000001", ErrShort},
 		{"half a descriptor", &BlockStatus{}, "00000001 00000001 00000000 00000001", ErrLong},
 		{"run of nothing", &BlockStatus{}, "00000001 00000000 00000000", ErrValue},

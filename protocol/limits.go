@@ -29,6 +29,11 @@ const (
 	// MaxExtents is how many descriptors one block status chunk carries.
 	MaxExtents = 1 << 20
 
+	// MaxBlockStatusRequest is the longest payload in bytes of an
+	// NBD_CMD_BLOCK_STATUS: 1 Ki context numbers, of which a client of this
+	// server can have been told one.
+	MaxBlockStatusRequest = blockStatusRequestSize + 4<<10
+
 	// DefaultPort is the TCP port that IANA reserved for NBD.
 	DefaultPort = 10809
 )

@@ -3,6 +3,7 @@ package protocol
 import (
 	"encoding/binary"
 	"fmt"
+	"slices"
 )
 
 // ContextBaseAllocation is the meta context that every server has that has one
@@ -66,6 +67,58 @@ func (m *MetaContextReply) Decode(b []byte) error {
 	return r.done()
 }
 
+// blockStatusRequestSize is the size in bytes of a BlockStatusRequest without
+// contexts.
+const blockStatusRequestSize = 8
+
+// BlockStatusRequest is the payload of an NBD_CMD_BLOCK_STATUS that comes with
+// NBD_CMD_FLAG_PAYLOAD_LEN: how much of the export is asked about, and which of
+// the selected contexts are.
+type BlockStatusRequest struct {
+	Length     uint64   // in bytes
+	ContextIDs []uint32 // what NBD_OPT_SET_META_CONTEXT told; at least one, each once
+}
+
+// WireSize is the payload's length in bytes.
+func (q *BlockStatusRequest) WireSize() int { return blockStatusRequestSize + 4*len(q.ContextIDs) }
+
+// AppendTo appends the payload.
+func (q *BlockStatusRequest) AppendTo(b []byte) []byte {
+	b = binary.BigEndian.AppendUint64(b, q.Length)
+	for _, id := range q.ContextIDs {
+		b = binary.BigEndian.AppendUint32(b, id)
+	}
+	return b
+}
+
+// Decode reads the payload, which is all of b. It fails with ErrShort, ErrLong or
+// ErrValue. ContextIDs is reused if it has room.
+func (q *BlockStatusRequest) Decode(b []byte) error {
+	const what = "block status request"
+	if err := need(b, blockStatusRequestSize+4, what); err != nil {
+		return err
+	}
+	if len(b) > MaxBlockStatusRequest || len(b)%4 != 0 {
+		return fmt.Errorf("decode %s: got %d bytes, need at most %d and a multiple of 4: %w", what, len(b), MaxBlockStatusRequest, ErrLong)
+	}
+	q.Length = binary.BigEndian.Uint64(b)
+	q.ContextIDs = q.ContextIDs[:0]
+	for b = b[blockStatusRequestSize:]; len(b) > 0; b = b[4:] {
+		id := binary.BigEndian.Uint32(b)
+		if slices.Contains(q.ContextIDs, id) {
+			return fmt.Errorf("decode %s: got context %d twice, need each once: %w", what, id, ErrValue)
+		}
+		q.ContextIDs = append(q.ContextIDs, id)
+	}
+	return nil
+}
+
+// Apply turns r, which the payload came with, into the request that it stands for.
+func (q *BlockStatusRequest) Apply(r *Request) {
+	r.Length = q.Length
+	r.Flags &^= CmdFlagPayloadLen
+}
+
 // Descriptor is one run of an NBD_CMD_BLOCK_STATUS answer.
 type Descriptor struct {
 	Length uint64 // in bytes, at least 1; 32 bits in NBD_REPLY_TYPE_BLOCK_STATUS
@@ -123,7 +176,8 @@ func (s *BlockStatus) DecodeExtended(b []byte) error {
 		return err
 	}
 	s.ContextID = binary.BigEndian.Uint32(b)
-	if count, got := binary.BigEndian.Uint32(b[4:]), (len(b)-8)/16; uint64(count) != uint64(got) {
+	// A count of 0 leaves it to the message's length.
+	if count, got := binary.BigEndian.Uint32(b[4:]), (len(b)-8)/16; count != 0 && uint64(count) != uint64(got) {
 		return fmt.Errorf("decode extended block status: got %d descriptors, need %d as counted: %w", got, count, ErrValue)
 	}
 	return s.decodeDescriptors(b[8:], 16)

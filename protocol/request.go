@@ -29,9 +29,14 @@ type Request struct {
 
 // PayloadLength is how many bytes follow the header on the wire, whether the
 // request is good or not: a server that refuses a request must still consume
-// them. extended tells which of the two headers the request came with.
+// them. extended tells which of the two headers the request came with: with the
+// extended one NBD_CMD_FLAG_PAYLOAD_LEN decides, without it the command does.
 func (r *Request) PayloadLength(extended bool) uint64 {
-	if spec, ok := Lookup(r.Type); ok && spec.Payload || extended && r.Flags&CmdFlagPayloadLen != 0 {
+	payload := extended && r.Flags&CmdFlagPayloadLen != 0
+	if spec, ok := Lookup(r.Type); ok && !extended {
+		payload = spec.Payload
+	}
+	if payload {
 		return r.Length
 	}
 	return 0
@@ -94,6 +99,42 @@ type Negotiated struct {
 	StructuredReplies bool // also true with extended headers
 	ExtendedHeaders   bool
 	MetaContexts      bool // at least one context was selected
+	// BlockSize is what the client asked for and was told on its way into the
+	// transmission phase, and so has to abide by; zero where it did not ask.
+	BlockSize BlockSizeInfo
+}
+
+// RequestSize is the size in bytes of a request's header.
+func (n *Negotiated) RequestSize() int {
+	if n.ExtendedHeaders {
+		return ExtendedRequestSize
+	}
+	return RequestSize
+}
+
+// DecodeRequest reads a header of RequestSize bytes from the start of b, as
+// Request.Decode does.
+func (n *Negotiated) DecodeRequest(r *Request, b []byte) error {
+	if n.ExtendedHeaders {
+		return r.DecodeExtended(b)
+	}
+	return r.Decode(b)
+}
+
+// AppendChunk appends the header of a chunk that answers a request at offset.
+func (n *Negotiated) AppendChunk(b []byte, h *ChunkHeader) []byte {
+	if n.ExtendedHeaders {
+		return h.AppendExtendedTo(b)
+	}
+	return h.AppendTo(b)
+}
+
+// ChunkHeaderSize is the size in bytes of what AppendChunk appends.
+func (n *Negotiated) ChunkHeaderSize() int {
+	if n.ExtendedHeaders {
+		return ExtendedChunkHeaderSize
+	}
+	return ChunkHeaderSize
 }
 
 // RequestError says why a request was refused, and what the reply's error is.
@@ -111,6 +152,10 @@ func (e *RequestError) Error() string {
 // a *RequestError, and does not allocate in the first case. It is pure: the
 // caller still has to consume PayloadLength bytes of a request that is refused.
 // NBD_CMD_DISC has no reply and is always accepted.
+//
+// An NBD_CMD_BLOCK_STATUS with a payload is judged twice: first as it came, when
+// only its offset says where, and once more with the payload's Length in the place
+// of its own and without NBD_CMD_FLAG_PAYLOAD_LEN (BlockStatusRequest.Apply).
 func (n *Negotiated) Validate(r *Request) error {
 	spec, ok := Lookup(r.Type)
 	if !ok {
@@ -119,10 +164,19 @@ func (n *Negotiated) Validate(r *Request) error {
 	if r.Type == CmdDisc {
 		return nil
 	}
+	payload := n.ExtendedHeaders && r.Flags&CmdFlagPayloadLen != 0
+	query := r.Type == CmdBlockStatus && n.Flags&FlagBlockStatusPayload != 0
+	if payload && !spec.Payload && !query {
+		return refuse(r, EINVAL, "got %v with %d bytes, need no payload with this command here", CmdFlagPayloadLen, r.Length)
+	}
 	if spec.Writes && n.Flags&FlagReadOnly != 0 {
 		return refuse(r, EPERM, "the export is read-only")
 	}
-	if spec.Range {
+	if payload && query {
+		if r.Length < blockStatusRequestSize+4 || r.Length > MaxBlockStatusRequest {
+			return refuse(r, EINVAL, "got a payload of %d bytes, need %d to %d: a length and the numbers of contexts", r.Length, blockStatusRequestSize+4, MaxBlockStatusRequest)
+		}
+	} else if spec.Range {
 		if r.Length == 0 || r.Offset > n.Size || r.Length > n.Size-r.Offset {
 			errno := EINVAL
 			if r.Type == CmdWrite || r.Type == CmdWriteZeroes {
@@ -139,11 +193,31 @@ func (n *Negotiated) Validate(r *Request) error {
 	if (spec.Payload || spec.Data) && r.Length > MaxRequestLength {
 		return refuse(r, ENOMEM, "got length %d, need at most %d; split the request", r.Length, MaxRequestLength)
 	}
+	if err := n.validateBlockSize(r, spec); err != nil {
+		return err
+	}
 	if lacks := spec.Needs &^ n.Flags; lacks != 0 {
 		return refuse(r, EINVAL, "the export does not have %v", lacks)
 	}
 	if r.Type == CmdBlockStatus && !n.MetaContexts {
 		return refuse(r, EINVAL, "no meta context was selected; send NBD_OPT_SET_META_CONTEXT first")
+	}
+	return nil
+}
+
+// validateBlockSize holds a client to the block sizes that it asked for. The end
+// of the export may be shorter than a block.
+func (n *Negotiated) validateBlockSize(r *Request, spec *Spec) error {
+	size := &n.BlockSize
+	query := r.Type == CmdBlockStatus && r.Flags&CmdFlagPayloadLen != 0
+	if size.Minimum > 1 && spec.Range && !query {
+		block := uint64(size.Minimum)
+		if r.Offset%block != 0 || r.Length%block != 0 && r.Offset+r.Length != n.Size {
+			return refuse(r, EINVAL, "got offset %d and length %d, need multiples of the minimum block size %d", r.Offset, r.Length, block)
+		}
+	}
+	if size.Maximum > 0 && (spec.Payload || spec.Data) && r.Length > uint64(size.Maximum) {
+		return refuse(r, EINVAL, "got length %d, need at most the maximum block size %d; split the request", r.Length, size.Maximum)
 	}
 	return nil
 }
@@ -166,7 +240,7 @@ func (n *Negotiated) validateFlags(r *Request, spec *Spec) error {
 		return refuse(r, EINVAL, "got flags %v, need none outside %v", r.Flags, allowed)
 	}
 	if n.ExtendedHeaders && spec.Payload && r.Flags&CmdFlagPayloadLen == 0 {
-		return refuse(r, EINVAL, "got flags %v, need NBD_CMD_FLAG_PAYLOAD_LEN with extended headers", r.Flags)
+		return refuse(r, EINVAL, "got flags %v, need %v with extended headers", r.Flags, CmdFlagPayloadLen)
 	}
 	return nil
 }

@@ -16,6 +16,11 @@ func TestValidate(t *testing.T) {
 	ext.ExtendedHeaders = true
 	readOnly := plain
 	readOnly.Flags |= FlagReadOnly
+	query := ext
+	query.Flags |= FlagBlockStatusPayload
+	blocks := ext
+	blocks.Size = 4096 + 100
+	blocks.BlockSize = BlockSizeInfo{Minimum: 512, Preferred: 4096, Maximum: 2048}
 	bare := Negotiated{Size: 1 << 40, Flags: FlagHasFlags, StructuredReplies: true}
 	tests := []struct {
 		name string
@@ -57,6 +62,19 @@ func TestValidate(t *testing.T) {
 		{"no payload flag with extended headers", ext, Request{Type: CmdWrite, Length: 1}, EINVAL, "need NBD_CMD_FLAG_PAYLOAD_LEN"},
 		{"payload flag on a read", ext, Request{Type: CmdRead, Flags: CmdFlagPayloadLen, Length: 1}, EINVAL, ""},
 		{"payload flag on a status", ext, Request{Type: CmdBlockStatus, Flags: CmdFlagPayloadLen, Length: 8}, EINVAL, ""},
+		{"payload of a trim on a read-only export", readOnly, Request{Type: CmdTrim, Flags: CmdFlagPayloadLen, Length: 1}, EPERM, ""},
+		{"payload flag on zeroes past the end", ext, Request{Type: CmdWriteZeroes, Flags: CmdFlagPayloadLen, Length: 1 << 50}, EINVAL, "need no payload"},
+		{"status of a context", query, Request{Type: CmdBlockStatus, Flags: CmdFlagPayloadLen, Length: 12}, 0, ""},
+		{"status of no context", query, Request{Type: CmdBlockStatus, Flags: CmdFlagPayloadLen, Length: 8}, EINVAL, "need 12 to"},
+		{"status of too many contexts", query, Request{Type: CmdBlockStatus, Flags: CmdFlagPayloadLen, Length: MaxBlockStatusRequest + 1}, EINVAL, ""},
+		{"status of all contexts", query, Request{Type: CmdBlockStatus, Length: 1 << 40}, 0, ""},
+		{"a block", blocks, Request{Type: CmdRead, Offset: 512, Length: 512}, 0, ""},
+		{"part of a block", blocks, Request{Type: CmdRead, Offset: 512, Length: 100}, EINVAL, "multiples of the minimum block size 512"},
+		{"off a block", blocks, Request{Type: CmdTrim, Offset: 100, Length: 512}, EINVAL, "minimum block size"},
+		{"write off a block", blocks, Request{Type: CmdWrite, Flags: CmdFlagPayloadLen, Offset: 1, Length: 512}, EINVAL, "minimum block size"},
+		{"the end that is no block", blocks, Request{Type: CmdRead, Offset: 4096, Length: 100}, 0, ""},
+		{"more than the largest block", blocks, Request{Type: CmdRead, Length: 2560}, EINVAL, "maximum block size 2048"},
+		{"zero of more than the largest block", blocks, Request{Type: CmdWriteZeroes, Length: 4096}, 0, ""},
 		{"64-bit sum that wraps", ext, Request{Type: CmdTrim, Offset: 1, Length: math.MaxUint64}, EINVAL, ""},
 		{"64-bit trim", ext, Request{Type: CmdTrim, Length: 1 << 40}, 0, ""},
 	}
@@ -81,7 +99,7 @@ func TestPayloadLength(t *testing.T) {
 		compact, extended uint64
 	}{
 		{Request{Type: CmdRead, Length: 5}, 0, 0},
-		{Request{Type: CmdWrite, Length: 5}, 5, 5},
+		{Request{Type: CmdWrite, Length: 5}, 5, 0},
 		{Request{Type: CmdWrite, Flags: CmdFlagPayloadLen, Length: 5}, 5, 5},
 		{Request{Type: CmdRead, Flags: CmdFlagPayloadLen, Length: 5}, 0, 5},
 		{Request{Type: 99, Flags: CmdFlagPayloadLen, Length: 5}, 0, 5},

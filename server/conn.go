@@ -39,6 +39,7 @@ type conn struct {
 	// What the handshake settled.
 	session    *backend.Session
 	negotiated protocol.Negotiated
+	sparse     sparsePolicy
 
 	// The transmission phase.
 	reader   atomic.Pointer[reader] // who has the connection; for the watcher

@@ -33,8 +33,13 @@ func pair(t testing.TB) (net.Conn, *net.UnixConn) {
 // converse sends data to a server as a client that then closes its side, and
 // returns all that the server sent until it hung up.
 func converse(t testing.TB, data []byte) []byte {
+	return converseWith(t, Options{}, data)
+}
+
+func converseWith(t testing.TB, o Options, data []byte) []byte {
 	h := &hooked{Mem: backend.NewMem(1 << 20), model: backend.Parallel}
-	s := New(Options{Chain: backend.NewChain(h, nil, backend.Trace{})})
+	o.Chain = backend.NewChain(h, nil, backend.Trace{})
+	s := New(o)
 	ours, theirs := pair(t)
 	done := make(chan struct{})
 	go func() {

@@ -19,11 +19,18 @@ type negotiation struct {
 	fixed    bool // the client knows fixed newstyle
 	noZeroes bool
 
-	structured bool
+	structured bool // also true with extended headers
+	extended   bool
 	// contextFor is the export for which base:allocation was selected.
 	contextFor *string
 
 	reply []byte // of the option under way, sent as a whole
+}
+
+// forget drops what was negotiated so far: nothing that was said in plain text
+// may survive NBD_OPT_STARTTLS (CVE-2021-3716).
+func (n *negotiation) forget() {
+	n.structured, n.extended, n.contextFor = false, false, nil
 }
 
 var (
@@ -98,7 +105,7 @@ func (n *negotiation) option() (over bool, err error) {
 		return false, err
 	}
 	if h.Length > protocol.MaxOptionLength {
-		return false, fmt.Errorf("%v: got %d bytes of data, need at most %d", h.Option, h.Length, protocol.MaxOptionLength)
+		return false, n.tooBig(&h)
 	}
 	total := protocol.OptionHeaderSize + int(h.Length)
 	if b, err = n.in.need(total); err != nil {
@@ -129,6 +136,25 @@ func (n *negotiation) option() (over bool, err error) {
 	return over, err
 }
 
+// tooBig consumes and refuses an option with more data than is looked at. More
+// than a write may bring is an attack: nobody is asked to send it to the end.
+func (n *negotiation) tooBig(h *protocol.OptionHeader) error {
+	why := fmt.Sprintf("got %d bytes of data, need at most %d", h.Length, protocol.MaxOptionLength)
+	if h.Option == protocol.OptExportName || !n.fixed || h.Length > protocol.MaxRequestLength {
+		return fmt.Errorf("%v: %s", h.Option, why)
+	}
+	n.in.take(protocol.OptionHeaderSize)
+	if err := n.in.discard(uint64(h.Length)); err != nil {
+		return err
+	}
+	if h.Option == protocol.OptSetMetaContext {
+		n.contextFor = nil
+	}
+	n.reply = n.reply[:0]
+	n.refuse(h.Option, protocol.RepErrTooBig, why)
+	return n.write(n.reply)
+}
+
 // answer composes the reply to an option of fixed newstyle.
 func (n *negotiation) answer(opt protocol.Option, data []byte) (over bool, err error) {
 	if n.c.s.quitting() && opt != protocol.OptAbort {
@@ -148,16 +174,30 @@ func (n *negotiation) answer(opt protocol.Option, data []byte) (over bool, err e
 
 	case protocol.OptList:
 		if noData() {
-			n.list(opt)
+			return false, n.list(opt)
 		}
 
 	case protocol.OptStructuredReply:
 		switch {
 		case !noData():
+		case n.extended:
+			n.refuse(opt, protocol.RepErrExtHeaderReqd, "extended headers were negotiated, which include structured replies")
 		case n.c.s.opts.NoStructuredReplies:
 			n.refuse(opt, protocol.RepErrUnsup, "structured replies are switched off")
 		default:
 			n.structured = true
+			n.accept(opt)
+		}
+
+	case protocol.OptExtendedHeaders:
+		switch {
+		case !noData():
+		case n.extended:
+			n.refuse(opt, protocol.RepErrInvalid, "extended headers were negotiated already")
+		case n.c.s.opts.NoExtendedHeaders || n.c.s.opts.NoStructuredReplies:
+			n.refuse(opt, protocol.RepErrUnsup, "extended headers are switched off")
+		default:
+			n.structured, n.extended = true, true
 			n.accept(opt)
 		}
 
@@ -194,20 +234,31 @@ func (n *negotiation) refuse(opt protocol.Option, typ protocol.OptionReply, why 
 	n.append(opt, typ, []byte(why[:min(len(why), protocol.MaxStringLength)]))
 }
 
-func (n *negotiation) list(opt protocol.Option) {
+// maxReply is how much of an answer is put together before it is sent, in bytes.
+const maxReply = 64 << 10
+
+// list sends a long list in pieces.
+func (n *negotiation) list(opt protocol.Option) error {
 	c := n.c
 	c.lane.Lock()
 	list, err := c.s.opts.Chain.ListExports(&c.call, c.s.opts.ReadOnly)
 	c.lane.Unlock()
 	if err != nil {
 		n.refuse(opt, protocol.RepErrPlatform, errorText(err))
-		return
+		return nil
 	}
 	for _, e := range list[:min(len(list), protocol.MaxExports)] {
 		m := protocol.ServerReply{Name: e.Name, Details: e.Description}
 		n.append(opt, protocol.RepServer, m.AppendTo(nil))
+		if len(n.reply) >= maxReply {
+			if err := n.write(n.reply); err != nil {
+				return err
+			}
+			n.reply = n.reply[:0]
+		}
 	}
 	n.accept(opt)
+	return nil
 }
 
 // metaContext answers with base:allocation, the one context that there is, if it
@@ -262,6 +313,9 @@ func (n *negotiation) exportName(name string) error {
 	n.c.call.Debugf("newstyle negotiation: %v: client requested export '%s'", protocol.OptExportName, name)
 	if why := badName(name); why != "" {
 		return errors.New(why)
+	}
+	if n.extended {
+		return fmt.Errorf("%v: extended headers were negotiated, need %v", protocol.OptExportName, protocol.OptGo)
 	}
 	if n.c.s.quitting() {
 		return errors.New("the server is shutting down")
@@ -343,6 +397,7 @@ func (n *negotiation) moreInfo(opt protocol.Option, infos []protocol.Info) error
 			if b != (backend.BlockSize{}) {
 				m := protocol.BlockSizeInfo{Minimum: b.Min, Preferred: b.Preferred, Maximum: b.Max}
 				n.append(opt, protocol.RepInfo, m.AppendTo(nil))
+				c.negotiated.BlockSize = m
 			}
 		}
 	}
@@ -368,10 +423,13 @@ func (n *negotiation) settle(name string, caps backend.Caps) protocol.ExportFlag
 	set(caps.MultiConn, protocol.FlagCanMultiConn)
 	set(caps.Cache != backend.None, protocol.FlagSendCache)
 	set(n.structured, protocol.FlagSendDF)
+	contexts := n.contextFor != nil && *n.contextFor == name
+	set(n.extended && contexts, protocol.FlagBlockStatusPayload)
 	n.c.call.Debugf("newstyle negotiation: flags: export %#x", uint16(f))
 	n.c.negotiated = protocol.Negotiated{
 		Size: caps.Size, Flags: f, StructuredReplies: n.structured,
-		MetaContexts: n.contextFor != nil && *n.contextFor == name,
+		ExtendedHeaders: n.extended, MetaContexts: contexts,
 	}
+	n.c.sparse.init(n.c.s.opts.SparseReads, n.structured && caps.Extents)
 	return f
 }

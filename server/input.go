@@ -26,6 +26,7 @@ type input struct {
 	raw        syscall.RawConn // of nc, or nil
 	buf        *backend.Buffer
 	start, end int // what is in hand: buf.B[start:end]
+	head       int // size in bytes of what precedes a write's payload
 
 	idle    func()                // the client has nothing to say; nil for none
 	receive func(fd uintptr) bool // one try, for RawConn.Read
@@ -36,6 +37,7 @@ type input struct {
 
 func (in *input) init(nc net.Conn, raw syscall.RawConn) {
 	in.nc, in.raw = nc, raw
+	in.head = protocol.RequestSize
 	in.receive = in.tryReceive
 }
 
@@ -119,7 +121,7 @@ func (in *input) more(n int) error {
 // rewind goes back to the front of an empty buffer: a page less a header, so
 // that the payload of a write that comes first lies on a page.
 func (in *input) rewind() {
-	in.start = pageSize - protocol.RequestSize
+	in.start = pageSize - in.head
 	in.end = in.start
 }
 

@@ -2,7 +2,9 @@ package server
 
 import (
 	"errors"
+	"fmt"
 	"io"
+	"math"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -15,7 +17,8 @@ import (
 // hands them to workers.
 type reader struct {
 	task
-	in input
+	in    input
+	query protocol.BlockStatusRequest
 
 	// state is what the watcher goes by: a count of calls times 4, plus quiet,
 	// busy or taken.
@@ -41,6 +44,7 @@ func newReader(c *conn) *reader {
 	r := &reader{}
 	r.task.init(c)
 	r.in.init(c.nc, c.raw)
+	r.in.head = c.negotiated.RequestSize()
 	r.in.idle = func() {
 		if r.out.empty() { // always: what waits is sent before waiting
 			r.out.release()
@@ -53,6 +57,7 @@ func newReader(c *conn) *reader {
 // all replies are sent.
 func (c *conn) transmit(r *reader) {
 	c.jobs = make(chan job)
+	r.in.head = c.negotiated.RequestSize()
 	c.calling.Add(1)
 	c.start(r)
 	c.calling.Wait()
@@ -75,18 +80,19 @@ func (c *conn) start(r *reader) {
 // loop returns true at the end of the connection, and false where the connection
 // was taken away from r.
 func (r *reader) loop() bool {
+	size := r.c.negotiated.RequestSize()
 	for {
-		if len(r.in.unread()) < protocol.RequestSize {
-			if err := r.wait(protocol.RequestSize); err != nil {
+		if len(r.in.unread()) < size {
+			if err := r.wait(size); err != nil {
 				r.ended(err)
 				return true
 			}
 		}
-		if err := r.req.Decode(r.in.unread()); err != nil {
+		if err := r.c.negotiated.DecodeRequest(&r.req, r.in.unread()); err != nil {
 			r.c.log.Error("receive request: " + err.Error() + "; closing the connection")
 			return true
 		}
-		r.in.take(protocol.RequestSize)
+		r.in.take(size)
 		if r.req.Type == protocol.CmdDisc {
 			r.call.Debugf("client sent %v, closing connection", r.req.Type)
 			return true
@@ -138,9 +144,28 @@ func (r *reader) ended(err error) {
 // request deals with r.req, whose header is consumed. over is true where the
 // connection was taken away meanwhile. An error ends the connection.
 func (r *reader) request() (over bool, err error) {
-	payload := r.req.PayloadLength(false)
-	if r.err = r.check(); r.err != nil {
-		return false, r.reject(payload)
+	extended := r.c.negotiated.ExtendedHeaders
+	payload := r.req.PayloadLength(extended)
+	if payload > math.MaxUint32 {
+		return false, fmt.Errorf("%v: got a payload of %d bytes, need at most %d", r.req.Type, payload, uint32(math.MaxUint32))
+	}
+	r.tail = nil
+	if r.err = r.check(); r.err != nil && !r.truncate() {
+		if err := r.reject(payload); err != nil {
+			return false, err
+		}
+		if extended && r.req.Type == protocol.CmdWrite && payload < r.req.Length {
+			// Nobody knows whether the data follows or not, and it must
+			// never be taken for requests.
+			return false, r.err
+		}
+		return false, nil
+	}
+	if r.req.Type == protocol.CmdBlockStatus && payload > 0 {
+		if err := r.selectContexts(int(payload)); err != nil || r.err != nil {
+			return false, err
+		}
+		payload = 0
 	}
 	if r.c.isSlow() {
 		return false, r.delegate(int(payload))
@@ -157,6 +182,49 @@ func (r *reader) request() (over bool, err error) {
 	p := r.in.unread()[:payload]
 	r.in.take(int(payload)) // before the call: what is in hand after it is the next reader's
 	return r.inline(p)
+}
+
+// truncate turns a read that begins within the export and ends beyond it into one
+// of what there is, where a reply can carry both that and the error.
+func (r *reader) truncate() bool {
+	n := &r.c.negotiated
+	req := r.req
+	if req.Type != protocol.CmdRead || !n.StructuredReplies || req.Offset >= n.Size ||
+		req.Length <= n.Size-req.Offset || req.Length > protocol.MaxRequestLength || r.c.refused() {
+		return false
+	}
+	req.Length = n.Size - req.Offset
+	if n.Validate(&req) != nil {
+		return false
+	}
+	r.req, r.tail = req, r.err
+	return true
+}
+
+// selectContexts consumes the payload of an NBD_CMD_BLOCK_STATUS, and makes r.req
+// the request that it stands for. Where it is refused r.err is set.
+func (r *reader) selectContexts(payload int) error {
+	if len(r.in.unread()) < payload {
+		if err := r.wait(payload); err != nil {
+			return err
+		}
+	}
+	r.err = r.query.Decode(r.in.unread()[:payload])
+	r.in.take(payload)
+	switch {
+	case r.err != nil:
+	case len(r.query.ContextIDs) > 1 || r.query.ContextIDs[0] != baseAllocation:
+		r.err = fmt.Errorf("got contexts %d, need none but %d", r.query.ContextIDs, baseAllocation)
+	default:
+		r.query.Apply(&r.req)
+		if r.err = r.check(); r.err != nil {
+			return r.reject(0)
+		}
+		return nil
+	}
+	r.err = &protocol.RequestError{Command: r.req.Type, Errno: protocol.EINVAL, Msg: r.err.Error()}
+	r.call.Log.Error("invalid request: " + r.err.Error())
+	return r.reject(0)
 }
 
 // check refuses what must not reach the chain.

@@ -24,8 +24,11 @@ type Options struct {
 	// attributes "conn", which counts connections from 1, and "worker", which
 	// counts a connection's workers from 0 and is absent in a handshake.
 	Log *slog.Logger
-	// NoStructuredReplies and NoMetaContexts refuse these options.
-	NoStructuredReplies, NoMetaContexts bool
+	// NoStructuredReplies, NoExtendedHeaders and NoMetaContexts refuse these
+	// options; without structured replies there are no extended headers either.
+	NoStructuredReplies, NoExtendedHeaders, NoMetaContexts bool
+	// SparseReads says when a read is answered with the holes in it.
+	SparseReads SparseReads
 	// Oldstyle speaks the oldstyle protocol, which has no options: every client
 	// gets the default export.
 	Oldstyle bool

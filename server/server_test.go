@@ -30,6 +30,7 @@ type hooked struct {
 	*backend.Mem
 	model  backend.ThreadModel
 	before func(c *backend.Call, cb backend.Callback, off uint64) error
+	server *Server // set by serve
 	opens  atomic.Int32
 	closes atomic.Int32
 }
@@ -87,9 +88,16 @@ func (x *hookedHandle) Flush(c *backend.Call) error {
 // closing what it opened and to giving back its buffers.
 func serve(t testing.TB, h *hooked, o Options) (s *Server, uri, path string) {
 	t.Helper()
+	return serveBackend(t, h, h, o)
+}
+
+// serveBackend is serve for b, which is h or has h inside.
+func serveBackend(t testing.TB, b backend.Backend, h *hooked, o Options) (s *Server, uri, path string) {
+	t.Helper()
 	path = filepath.Join(t.TempDir(), "s")
-	o.Chain = backend.NewChain(h, nil, backend.Trace{})
+	o.Chain = backend.NewChain(b, nil, backend.Trace{})
 	s = New(o)
+	h.server = s
 	l, err := net.Listen("unix", path)
 	if err != nil {
 		t.Fatal(err)
@@ -140,14 +148,14 @@ func errnoOf(err error) protocol.Errno {
 // each on its own part of the disk, against a copy of what the disk must hold.
 func TestData(t *testing.T) {
 	for _, model := range []backend.ThreadModel{backend.SerializeAllRequests, backend.SerializeRequests, backend.Parallel} {
-		for _, simple := range []bool{false, true} {
-			t.Run(fmt.Sprintf("%v/simple=%v", model, simple), func(t *testing.T) {
+		for name, o := range map[string]client.Options{"simple": {SimpleReplies: true}, "structured": {CompactHeaders: true}, "extended": {}} {
+			t.Run(fmt.Sprintf("%v/%s", model, name), func(t *testing.T) {
 				h := newHooked()
 				h.model = model
-				_, uri, _ := serve(t, h, Options{})
+				_, uri, _ := serve(t, h, Options{SparseReads: SparseAlways})
 				var clients sync.WaitGroup
 				for k := range 3 {
-					clients.Go(func() { exercise(t, dial(t, uri, &client.Options{SimpleReplies: simple}), k) })
+					clients.Go(func() { exercise(t, dial(t, uri, &o), k) })
 				}
 				clients.Wait()
 			})
@@ -167,7 +175,7 @@ func exercise(t *testing.T, c *client.Conn, k int) {
 			base := uint64(k*lanes+lane) * part
 			want := make([]byte, part)
 			buf := make([]byte, part)
-			for range 60 {
+			for range 30 {
 				// Mostly small, sometimes larger than any buffer that is there.
 				n := 1 + rnd.Uint64N(1<<rnd.Uint64N(22))
 				off := rnd.Uint64N(part - n + 1)
@@ -204,8 +212,7 @@ func exercise(t *testing.T, c *client.Conn, k int) {
 
 func request(r protocol.Request) []byte { return r.AppendTo(nil) }
 
-// raw opens a connection by hand, for what a client library would not do.
-func raw(t testing.TB, path string) net.Conn {
+func connect(t testing.TB, path string) net.Conn {
 	t.Helper()
 	nc, err := net.Dial("unix", path)
 	if err != nil {
@@ -213,6 +220,13 @@ func raw(t testing.TB, path string) net.Conn {
 	}
 	t.Cleanup(func() { nc.Close() })
 	nc.SetDeadline(time.Now().Add(time.Minute)) // a test that hangs fails
+	return nc
+}
+
+// raw opens a connection by hand, for what a client library would not do.
+func raw(t testing.TB, path string) net.Conn {
+	t.Helper()
+	nc := connect(t, path)
 	hello := make([]byte, protocol.GreetingSize)
 	if _, err := io.ReadFull(nc, hello); err != nil {
 		t.Fatal(err)

@@ -18,7 +18,21 @@ type task struct {
 	out  batch // replies not yet sent, and room for the next one
 	at   int   // where in out.buf the reply of the request under way begins
 
+	// tail is the error with which a read ends whose range was cut to what the
+	// export has; nil else.
+	tail error
+	// sparse tells that the extents are asked for first.
+	sparse bool
+	// filled is where in out.buf the reply ends that run has composed, or 0
+	// where finish has to.
+	filled int
+	// failedAt is where a request that was split failed, 0 where it was not:
+	// what precedes has been done.
+	failedAt uint64
+
 	extents backend.Extents
+	aligned []backend.Extent
+	parts   [maxPieces]piece
 	status  protocol.BlockStatus
 }
 
@@ -31,9 +45,13 @@ func (t *task) init(c *conn) {
 // reserve makes room for the reply of a read, whose data the call will put in
 // place. It may send what waits.
 func (t *task) reserve() error {
-	n := protocol.SimpleReplySize
+	n := protocol.ExtendedChunkHeaderSize
+	t.sparse = t.c.sparse.wants(&t.req)
 	if t.req.Type == protocol.CmdRead {
 		n = t.c.replyHead() + int(t.req.Length)
+		if t.sparse {
+			n += sparseRoom
+		}
 	}
 	err := t.room(n)
 	t.at = t.out.end
@@ -52,7 +70,7 @@ func (t *task) room(n int) error {
 // replyHead is the size in bytes of what precedes the data in a read's reply.
 func (c *conn) replyHead() int {
 	if c.negotiated.StructuredReplies {
-		return protocol.ChunkHeaderSize + protocol.OffsetDataSize
+		return c.negotiated.ChunkHeaderSize() + protocol.OffsetDataSize
 	}
 	return protocol.SimpleReplySize
 }
@@ -61,23 +79,26 @@ func (c *conn) replyHead() int {
 // of the batch only the reserved room is touched: see watch.go.
 func (t *task) run(payload []byte) {
 	s, req := t.c.session, &t.req
-	n, off := uint32(req.Length), req.Offset
+	t.filled, t.failedAt = 0, 0
 	flags := backend.Flags(0)
 	if req.Flags&protocol.CmdFlagFUA != 0 {
 		flags |= backend.FUA
 	}
 	switch req.Type {
 	case protocol.CmdRead:
-		from := t.at + t.c.replyHead()
-		t.err = s.Pread(&t.call, t.out.buf.B[from:from+int(n)], off)
+		t.err = nil
+		if !t.sparse || !t.readSparse() {
+			from := t.at + t.c.replyHead()
+			t.err = s.Pread(&t.call, t.out.buf.B[from:from+int(req.Length)], req.Offset)
+		}
 	case protocol.CmdWrite:
-		t.err = s.Pwrite(&t.call, payload, off, flags)
+		t.err = s.Pwrite(&t.call, payload, req.Offset, flags)
 	case protocol.CmdFlush:
 		t.err = s.Flush(&t.call)
 	case protocol.CmdTrim:
-		t.err = s.Trim(&t.call, n, off, flags)
+		t.err = t.split(func(n uint32, off uint64) error { return s.Trim(&t.call, n, off, flags) })
 	case protocol.CmdCache:
-		t.err = s.Cache(&t.call, n, off)
+		t.err = t.split(func(n uint32, off uint64) error { return s.Cache(&t.call, n, off) })
 	case protocol.CmdWriteZeroes:
 		if req.Flags&protocol.CmdFlagNoHole == 0 {
 			flags |= backend.MayTrim
@@ -85,13 +106,57 @@ func (t *task) run(payload []byte) {
 		if req.Flags&protocol.CmdFlagFastZero != 0 {
 			flags |= backend.FastZero
 		}
-		t.err = s.Zero(&t.call, n, off, flags)
+		t.err = t.split(func(n uint32, off uint64) error { return s.Zero(&t.call, n, off, flags) })
 	case protocol.CmdBlockStatus:
 		if req.Flags&protocol.CmdFlagReqOne != 0 {
 			flags |= backend.ReqOne
 		}
-		t.err = s.Extents(&t.call, n, off, flags, &t.extents)
+		t.err = t.queryStatus(flags)
 	}
+}
+
+// piece32 is how much of n bytes one call is asked for. All but the last piece of
+// a longer request are multiples of 64 KiB, so that they stay aligned as it was.
+func piece32(n uint64) uint32 {
+	if n <= math.MaxUint32 {
+		return uint32(n)
+	}
+	return math.MaxUint32 &^ (64<<10 - 1)
+}
+
+// split makes as many calls as the request needs: a module is asked for less than
+// 4 GiB at a time, and one client's huge request must not keep others out.
+func (t *task) split(call func(n uint32, off uint64) error) error {
+	off, left := t.req.Offset, t.req.Length
+	for {
+		n := piece32(left)
+		if err := call(n, off); err != nil {
+			if off > t.req.Offset {
+				t.failedAt = off
+			}
+			return err
+		}
+		off += uint64(n)
+		if left -= uint64(n); left == 0 {
+			return nil
+		}
+		if err := t.pause(); err != nil {
+			t.failedAt = off
+			return err
+		}
+	}
+}
+
+// pause lets others go first between two calls for one request. It fails where
+// there is no point in going on.
+func (t *task) pause() error {
+	if status(t.c.status.Load()) == dead || t.c.s.quitting() {
+		return &protocol.RequestError{Command: t.req.Type, Errno: protocol.ESHUTDOWN,
+			Msg: "the server is shutting down; only a part was done"}
+	}
+	t.c.lane.Unlock()
+	t.c.lane.Lock()
+	return nil
 }
 
 // finish adds the reply to the batch. An error means that there is no memory for
@@ -101,22 +166,56 @@ func (t *task) finish() error {
 	case t.err != nil:
 		return t.refuse()
 	case t.req.Type == protocol.CmdRead:
-		b := t.out.buf.B[:t.at]
-		if t.c.negotiated.StructuredReplies {
-			h := protocol.ChunkHeader{Cookie: t.req.Cookie, Flags: protocol.ReplyFlagDone,
-				Type: protocol.ReplyOffsetData, Length: protocol.OffsetDataSize + t.req.Length}
-			o := protocol.OffsetData{Offset: t.req.Offset}
-			b = o.AppendTo(h.AppendTo(b))
-		} else {
-			h := protocol.SimpleReply{Cookie: t.req.Cookie}
-			b = h.AppendTo(b)
+		t.finishRead()
+		if t.tail == nil {
+			return nil
 		}
-		t.out.end = len(b) + int(t.req.Length)
-		return nil
+		end := t.req.Offset + t.req.Length
+		return t.fail(&protocol.ErrorChunk{Type: protocol.ReplyErrorOffset,
+			Errno: protocol.ErrnoFor(t.tail, t.req.Flags), Msg: errorText(t.tail), Offset: end})
 	case t.req.Type == protocol.CmdBlockStatus:
 		return t.finishStatus()
 	}
-	return t.simple(0)
+	return t.succeed()
+}
+
+// done marks the last chunk of what was read, where no error follows it.
+func (t *task) done() protocol.ReplyFlags {
+	if t.tail != nil {
+		return 0
+	}
+	return protocol.ReplyFlagDone
+}
+
+// finishRead puts the header before the data, which lies in its place.
+func (t *task) finishRead() {
+	if t.filled > 0 {
+		t.out.end = t.filled
+		return
+	}
+	b := t.out.buf.B[:t.at]
+	if t.c.negotiated.StructuredReplies {
+		h := protocol.ChunkHeader{Cookie: t.req.Cookie, Offset: t.req.Offset, Flags: t.done(),
+			Type: protocol.ReplyOffsetData, Length: protocol.OffsetDataSize + t.req.Length}
+		o := protocol.OffsetData{Offset: t.req.Offset}
+		b = o.AppendTo(t.c.negotiated.AppendChunk(b, &h))
+	} else {
+		h := protocol.SimpleReply{Cookie: t.req.Cookie}
+		b = h.AppendTo(b)
+	}
+	t.out.end = len(b) + int(t.req.Length)
+}
+
+// succeed replies without data.
+func (t *task) succeed() error {
+	if !t.c.negotiated.ExtendedHeaders {
+		return t.simple(0)
+	}
+	b, err := t.chunk(protocol.ReplyNone, 0)
+	if err == nil {
+		t.out.end = len(b)
+	}
+	return err
 }
 
 func (t *task) simple(errno protocol.Errno) error {
@@ -128,13 +227,13 @@ func (t *task) simple(errno protocol.Errno) error {
 	return nil
 }
 
-// chunk starts the only chunk of a structured reply, with n bytes of data.
+// chunk starts the last chunk of a structured reply, with n bytes of data.
 func (t *task) chunk(typ protocol.ReplyType, n int) ([]byte, error) {
-	if err := t.room(protocol.ChunkHeaderSize + n); err != nil {
+	if err := t.room(t.c.negotiated.ChunkHeaderSize() + n); err != nil {
 		return nil, err
 	}
-	h := protocol.ChunkHeader{Cookie: t.req.Cookie, Flags: protocol.ReplyFlagDone, Type: typ, Length: uint64(n)}
-	return h.AppendTo(t.out.buf.B[:t.out.end]), nil
+	h := protocol.ChunkHeader{Cookie: t.req.Cookie, Offset: t.req.Offset, Flags: protocol.ReplyFlagDone, Type: typ, Length: uint64(n)}
+	return t.c.negotiated.AppendChunk(t.out.buf.B[:t.out.end], &h), nil
 }
 
 // refuse replies with t.err. Where structured replies were negotiated the text
@@ -145,6 +244,15 @@ func (t *task) refuse() error {
 		return t.simple(errno)
 	}
 	e := protocol.ErrorChunk{Type: protocol.ReplyError, Errno: errno, Msg: errorText(t.err)}
+	if t.failedAt > 0 {
+		e.Type, e.Offset = protocol.ReplyErrorOffset, t.failedAt
+		t.failedAt = 0 // the next request may be refused without a call
+	}
+	return t.fail(&e)
+}
+
+// fail ends a structured reply with an error.
+func (t *task) fail(e *protocol.ErrorChunk) error {
 	b, err := t.chunk(e.Type, e.WireSize())
 	if err == nil {
 		t.out.end = len(e.AppendTo(b))
@@ -163,43 +271,4 @@ func errorText(err error) string {
 		return refused.Msg
 	}
 	return err.Error()
-}
-
-// maxDescriptor is the longest run that a 32-bit descriptor is given: libnbd
-// before 1.24 fails on lengths near 4 GiB that are not aligned.
-const maxDescriptor = math.MaxUint32 &^ (64<<10 - 1)
-
-// baseAllocation is the number that block status replies call the context by.
-const baseAllocation = 1
-
-func (t *task) finishStatus() error {
-	t.status.ContextID = baseAllocation
-	t.status.Descriptors = describe(t.status.Descriptors[:0], t.extents.List(), &t.req)
-	b, err := t.chunk(protocol.ReplyBlockStatus, t.status.WireSize())
-	if err == nil {
-		t.out.end = len(t.status.AppendTo(b))
-	}
-	return err
-}
-
-// describe turns extents, which begin at the request's offset, into descriptors:
-// one that lies within the range with NBD_CMD_FLAG_REQ_ONE; else up to the end of
-// the range, the last of them perhaps beyond it.
-func describe(d []protocol.Descriptor, extents []backend.Extent, req *protocol.Request) []protocol.Descriptor {
-	end := req.Offset + req.Length
-	if req.Flags&protocol.CmdFlagReqOne != 0 {
-		e := extents[0]
-		return append(d, protocol.Descriptor{Length: min(e.Length, req.Length), Flags: uint64(e.Type)})
-	}
-	for _, e := range extents {
-		for off := e.Offset; off < e.Offset+e.Length; {
-			if off >= end || len(d) == protocol.MaxExtents {
-				return d
-			}
-			n := min(e.Offset+e.Length-off, maxDescriptor)
-			d = append(d, protocol.Descriptor{Length: n, Flags: uint64(e.Type)})
-			off += n
-		}
-	}
-	return d
 }

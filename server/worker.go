@@ -10,6 +10,7 @@ import (
 // A job is a request for a worker.
 type job struct {
 	req     protocol.Request
+	tail    error           // see task
 	payload *backend.Buffer // of a write; the worker's
 }
 
@@ -46,7 +47,7 @@ func (c *conn) learn(d time.Duration, n int, bytes uint64) {
 
 // delegate hands r.req to a worker, when there is one free.
 func (r *reader) delegate(payload int) error {
-	j := job{req: r.req}
+	j := job{req: r.req, tail: r.tail}
 	if payload > 0 {
 		b, err := backend.GetBuffer(payload)
 		if err != nil {
@@ -107,7 +108,7 @@ func (c *conn) work(j job) {
 
 func (t *task) do(j job) {
 	c := t.c
-	t.req = j.req
+	t.req, t.tail = j.req, j.tail
 	if t.err = t.reserve(); t.err == nil {
 		began := time.Now()
 		c.lane.Lock()
