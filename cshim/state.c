@@ -185,12 +185,22 @@ has_handler (const struct sigaction *sa)
          (sa->sa_handler != SIG_DFL && sa->sa_handler != SIG_IGN);
 }
 
-/* How the server stops, whatever their disposition was. */
+/* Those that stop the server, and those that the Go runtime cannot do without:
+ * faults that it turns into panics, and the one that it preempts with. All others
+ * are the module's if it wants them.
+ */
 static bool
-is_stop_signal (int sig)
+is_ours (int sig)
 {
-  return sig == SIGINT || sig == SIGTERM || sig == SIGQUIT || sig == SIGHUP ||
-         sig == SIGPIPE;
+  static const int ours[] = {
+    SIGINT, SIGTERM, SIGQUIT, SIGHUP, SIGPIPE,
+    SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGSYS, SIGURG, SIGPROF,
+  };
+
+  for (size_t i = 0; i < sizeof ours / sizeof ours[0]; ++i)
+    if (sig == ours[i])
+      return true;
+  return false;
 }
 
 void
@@ -208,11 +218,11 @@ nbdhost_signals_restore (void)
 
     if (!is_saved[sig] || sigaction (sig, NULL, &now) == -1)
       continue;
-    if (has_handler (&saved[sig]) || is_stop_signal (sig))
+    if (is_ours (sig))
       sigaction (sig, &saved[sig], NULL);
     else if (has_handler (&now) && !(now.sa_flags & SA_ONSTACK)) {
       /* The runtime aborts on a handler that would run on a goroutine's
-       * stack. */
+       * stack. It may be the runtime's own: Ruby takes the flag away. */
       now.sa_flags |= SA_ONSTACK;
       sigaction (sig, &now, NULL);
     }

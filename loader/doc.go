@@ -12,15 +12,17 @@
 // Plugin that are not given a [backend.Call], are called by the one goroutine
 // that is kept on the process's main thread: some modules insist on that thread,
 // and it is the one that runs their .load. What takes a Call runs on the thread
-// the goroutine happens to be on; all that the C side knows of the call is set
-// anew at each one. The functions of [Host] are called on any thread, also on
+// the goroutine happens to be on, or in [OnMain] on the main one if the plugin
+// serializes all requests; all that the C side knows of the call is set anew at
+// each one. The functions of [Host] are called on any thread, also on
 // those that modules create.
 //
 // # Signals
 //
-// Modules change signal handlers that the Go runtime needs. Open records them
-// before the module is loaded, and they are put back after each step that is
-// known to change them: the loading itself, .load, .config, .config_complete,
+// Modules change signal handlers that the Go runtime needs, or that stop the
+// server. Open records them before the module is loaded, and these are put back
+// (a module keeps its handlers of other signals, made fit for Go's threads) after
+// each step that is known to change them: the loading itself, .load, .config, .config_complete,
 // .get_ready, .after_fork and the first .open. So os/signal must be set up
 // before Open.
 package loader

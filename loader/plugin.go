@@ -206,13 +206,29 @@ func (p *Plugin) context(c *backend.Call) *cshim.Context {
 	return cshim.NewContext(shimConn(c), "", false, p.raw.ErrnoIsPreserved != 0)
 }
 
-func (p *Plugin) Preconnect(c *backend.Call, readonly bool) error {
+func (p *Plugin) Preconnect(c *backend.Call, readonly bool) (err error) {
+	if p.isOnMain() {
+		onMain(func() { err = p.preconnect(c, readonly) })
+		return err
+	}
+	return p.preconnect(c, readonly)
+}
+
+func (p *Plugin) preconnect(c *backend.Call, readonly bool) error {
 	ctx := p.context(c)
 	defer ctx.Free()
 	return p.outcome(backend.Preconnect, cshim.CallPreconnect(ctx, p.fn[backend.Preconnect], readonly))
 }
 
 func (p *Plugin) ListExports(c *backend.Call, readonly bool) (list []backend.Export, useDefault bool, err error) {
+	if p.isOnMain() {
+		onMain(func() { list, useDefault, err = p.listExports(c, readonly) })
+		return list, useDefault, err
+	}
+	return p.listExports(c, readonly)
+}
+
+func (p *Plugin) listExports(c *backend.Call, readonly bool) (list []backend.Export, useDefault bool, err error) {
 	ctx := p.context(c)
 	defer ctx.Free()
 	exports, r := cshim.CallListExports(ctx, p.fn[backend.ListExports], readonly, c.Conn.TLS)
@@ -230,12 +246,37 @@ func (p *Plugin) ListExports(c *backend.Call, readonly bool) (list []backend.Exp
 }
 
 func (p *Plugin) DefaultExport(c *backend.Call, readonly bool) (name string, ok bool) {
+	if p.isOnMain() {
+		onMain(func() { name, ok = p.defaultExport(c, readonly) })
+		return name, ok
+	}
+	return p.defaultExport(c, readonly)
+}
+
+func (p *Plugin) defaultExport(c *backend.Call, readonly bool) (name string, ok bool) {
 	ctx := p.context(c)
 	defer ctx.Free()
 	return cshim.CallDefaultExport(ctx, p.fn[backend.DefaultExport], readonly, c.Conn.TLS)
 }
 
 func (p *Plugin) Open(c *backend.Call, readonly bool, export string) (backend.Handle, error) {
+	if !p.isOnMain() {
+		h, err := p.openHandle(c, readonly, export)
+		if err != nil {
+			return nil, err
+		}
+		return h, nil
+	}
+	var m mainHandle
+	var err error
+	onMain(func() { m.h, err = p.openHandle(c, readonly, export) })
+	if err != nil {
+		return nil, err
+	}
+	return m, nil
+}
+
+func (p *Plugin) openHandle(c *backend.Call, readonly bool, export string) (*handle, error) {
 	ctx := cshim.NewContext(shimConn(c), export, true, p.raw.ErrnoIsPreserved != 0)
 	r := cshim.CallOpen(ctx, p.fn[backend.Open], readonly)
 	p.opened.Do(cshim.RestoreSignals)

@@ -193,7 +193,13 @@ func serveLoaded(o *options, start *starter, stdout io.Writer, out *logHandler,
 		chain.Cleanup()
 		return 1, err
 	}
-	code, err := serveClients(o, start, out, chain, e, command, stop)
+	var code int
+	loader.OnMain(func() {
+		code, err = serveClients(o, start, out, chain, e, command, stop)
+		if code == statusStuck {
+			os.Exit(1) // as main would, but it may be what is stuck
+		}
+	})
 	if code != statusStuck {
 		chain.Cleanup()
 	}

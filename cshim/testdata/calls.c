@@ -367,7 +367,7 @@ int take_signals (void)
   struct sigaction sa = { .sa_handler = on_signal };
 
   if (sigaction (SIGSEGV, &sa, NULL) == -1 ||
-      sigaction (SIGTSTP, &sa, NULL) == -1 ||
+      sigaction (SIGUSR1, &sa, NULL) == -1 ||
       sigaction (SIGINT, &sa, NULL) == -1)
     return -1;
   sa.sa_handler = SIG_IGN;
@@ -391,7 +391,7 @@ static int disposition (int sig)
 }
 int check_signals (void)
 {
-  static const int sigs[] = { SIGSEGV, SIGTSTP, SIGINT, SIGXFSZ, SIGPIPE,
+  static const int sigs[] = { SIGSEGV, SIGUSR1, SIGINT, SIGXFSZ, SIGPIPE,
                               SIGTERM };
   SEE (disposition (sigs[0]), disposition (sigs[1]), disposition (sigs[2]),
        disposition (sigs[3]), disposition (sigs[4]), disposition (sigs[5]));
