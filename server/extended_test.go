@@ -19,7 +19,8 @@ import (
 type vast struct {
 	*hooked
 	size    int64
-	pause   chan struct{} // if not nil each call takes from it
+	without backend.Callback // one that it has not got
+	pause   chan struct{}    // if not nil each call takes from it
 	blocks  backend.BlockSize
 	mu      sync.Mutex // guards what follows
 	fail    func(off uint64) error
@@ -27,7 +28,9 @@ type vast struct {
 	asked   []string
 }
 
-func (v *vast) Has(cb backend.Callback) bool { return cb == backend.BlockSizes || v.hooked.Has(cb) }
+func (v *vast) Has(cb backend.Callback) bool {
+	return cb == backend.BlockSizes || v.hooked.Has(cb) && (v.without == 0 || cb != v.without)
+}
 
 func (v *vast) Open(c *backend.Call, readonly bool, export string) (backend.Handle, error) {
 	h, err := v.hooked.Open(c, readonly, export)
