@@ -126,6 +126,10 @@ type Conn struct {
 	FD  int    // the socket, for questions about the peer; -1 if there is none
 	TLS bool   // TLS has been negotiated
 
+	// TLSDN and TLSIssuerDN are the distinguished names (RFC 4514) of the
+	// client's certificate and of its issuer, or empty.
+	TLSDN, TLSIssuerDN string
+
 	// Disconnect ends the connection as nbdkit_disconnect(3) says. It does not
 	// wait, and may be called on any thread at any time.
 	Disconnect func(force bool)

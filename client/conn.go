@@ -32,6 +32,11 @@ type Options struct {
 	NoGo bool
 	// Decline are handshake flags to do without although the server has them.
 	Decline protocol.HandshakeFlags
+	// TLS does the client's side of a TLS handshake with the server of an nbds
+	// URI, within ctx: nbdtls.Client, for example. Without it such URIs fail.
+	TLS func(ctx context.Context, nc net.Conn, uri *protocol.URI) (net.Conn, error)
+
+	secure *protocol.URI // the one that demands TLS, or nil
 }
 
 // Export is what a server says of one of its exports.
@@ -82,12 +87,17 @@ func dial(ctx context.Context, uri string, opts *Options) (net.Conn, *Options, e
 	if err != nil {
 		return nil, nil, err
 	}
-	if u.TLS || u.Transport == protocol.TransportVsock {
-		return nil, nil, fmt.Errorf("dial %s: this client has neither TLS nor vsock; use nbd or nbd+unix", u)
+	if u.Transport == protocol.TransportVsock {
+		return nil, nil, fmt.Errorf("dial %s: this client has no vsock; use TCP or a Unix socket", u)
 	}
 	var o Options
 	if opts != nil {
 		o = *opts
+	}
+	if u.TLS {
+		if o.secure = u; o.TLS == nil {
+			return nil, nil, fmt.Errorf("dial %s: got no Options.TLS: need it for a URI with TLS", u)
+		}
 	}
 	if o.Export == "" {
 		o.Export = u.Export
@@ -103,11 +113,11 @@ func dial(ctx context.Context, uri string, opts *Options) (net.Conn, *Options, e
 func New(ctx context.Context, nc net.Conn, opts *Options) (*Conn, error) {
 	h, err := shake(ctx, nc, opts, (*handshake).enter)
 	if err != nil {
-		nc.Close()
+		h.nc.Close()
 		return nil, err
 	}
 	c := &Conn{
-		nc:         nc,
+		nc:         h.nc,
 		in:         h.in,
 		export:     h.export,
 		structured: h.structured,
@@ -153,13 +163,13 @@ func ask(ctx context.Context, uri string, opts *Options, question func(*handshak
 	if err != nil {
 		return err
 	}
-	defer nc.Close()
-	_, err = shake(ctx, nc, opts, func(h *handshake) error {
+	h, err := shake(ctx, nc, opts, func(h *handshake) error {
 		if err := question(h); err != nil {
 			return err
 		}
 		return h.abort()
 	})
+	h.nc.Close()
 	return err
 }
 

@@ -48,6 +48,9 @@ func shake(ctx context.Context, nc net.Conn, opts *Options, then func(*handshake
 	h.export.Name = h.opts.Export
 	stop := context.AfterFunc(ctx, func() { nc.SetDeadline(time.Unix(1, 0)) })
 	err := h.greet()
+	if err == nil && h.opts.secure != nil {
+		err = h.startTLS(ctx)
+	}
 	if err == nil {
 		err = then(h)
 	}
@@ -81,6 +84,27 @@ func (h *handshake) greet() error {
 	if _, err := h.nc.Write(flags.AppendTo(nil)); err != nil {
 		return fmt.Errorf("write client flags: %w", err)
 	}
+	return nil
+}
+
+// startTLS goes on under TLS. There is no way back: the error ends the connection.
+func (h *handshake) startTLS(ctx context.Context) error {
+	if !h.fixed {
+		return fmt.Errorf("negotiate %v: the server does not know it: use nbd instead of nbds", protocol.OptStartTLS)
+	}
+	if err := h.ask(protocol.OptStartTLS, nil, nil); err != nil {
+		return err
+	}
+	if n := h.in.Buffered(); n > 0 {
+		// Somebody between the two may have put it there.
+		return fmt.Errorf("negotiate %v: got %d bytes behind the reply in plain text, need none", protocol.OptStartTLS, n)
+	}
+	secure, err := h.opts.TLS(ctx, h.nc, h.opts.secure)
+	if err != nil {
+		return err
+	}
+	h.nc = secure
+	h.in.Reset(secure)
 	return nil
 }
 

@@ -84,8 +84,15 @@ func NewConn(id uint64, fd int) *Conn {
 	return &Conn{c}
 }
 
-// SetTLS says whether TLS has been negotiated. Not during a call.
-func (c *Conn) SetTLS(on bool) { c.c.tls = cbool(on) }
+// SetTLS says whether TLS has been negotiated. A change must not come during a call.
+func (c *Conn) SetTLS(on bool) {
+	if v := cbool(on); c.c.tls != v {
+		c.c.tls = v
+	}
+}
+
+// TLS tells whether TLS has been negotiated.
+func (c *Conn) TLS() bool { return c.c.tls != 0 }
 
 // SetTLSDN sets the distinguished names (RFC 4514) of the client's certificate and
 // of its issuer. Not during a call.

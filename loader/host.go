@@ -100,6 +100,9 @@ func shimConn(c *backend.Call) *cshim.Conn {
 			s.Free()
 		}
 	}
-	s.SetTLS(conn.TLS)
+	if conn.TLS && !s.TLS() { // once: later calls may be under way that ask for it
+		s.SetTLSDN(conn.TLSDN, conn.TLSIssuerDN)
+		s.SetTLS(true)
+	}
 	return s
 }

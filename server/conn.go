@@ -37,6 +37,7 @@ type conn struct {
 	sender sender
 
 	// What the handshake settled.
+	secure     TLSConn // over nc; nil without TLS
 	session    *backend.Session
 	negotiated protocol.Negotiated
 	sparse     sparsePolicy
@@ -72,7 +73,7 @@ func newConn(s *Server, id uint64, nc net.Conn) *conn {
 // serve takes the connection from preconnect to close.
 func (c *conn) serve() {
 	defer c.s.forget(c)
-	defer c.nc.Close()
+	defer c.close()
 	if c.lane = c.s.gate.Connect(c.s.quit); c.lane == nil {
 		return
 	}

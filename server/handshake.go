@@ -89,7 +89,7 @@ func (n *negotiation) negotiate() error {
 }
 
 func (n *negotiation) write(p []byte) error {
-	_, err := n.c.nc.Write(p)
+	_, err := n.c.stream().Write(p)
 	return err
 }
 
@@ -117,6 +117,9 @@ func (n *negotiation) option() (over bool, err error) {
 	n.in.take(total)
 
 	if h.Option == protocol.OptExportName {
+		if n.plain(h.Option) {
+			return false, errPlain // there is no reply for an error
+		}
 		return true, n.exportName(string(data))
 	}
 	if !n.fixed {
@@ -151,7 +154,11 @@ func (n *negotiation) tooBig(h *protocol.OptionHeader) error {
 		n.contextFor = nil
 	}
 	n.reply = n.reply[:0]
-	n.refuse(h.Option, protocol.RepErrTooBig, why)
+	if n.plain(h.Option) {
+		n.refuse(h.Option, protocol.RepErrTLSReqd, errPlain.Error())
+	} else {
+		n.refuse(h.Option, protocol.RepErrTooBig, why)
+	}
 	return n.write(n.reply)
 }
 
@@ -159,6 +166,10 @@ func (n *negotiation) tooBig(h *protocol.OptionHeader) error {
 func (n *negotiation) answer(opt protocol.Option, data []byte) (over bool, err error) {
 	if n.c.s.quitting() && opt != protocol.OptAbort {
 		n.refuse(opt, protocol.RepErrShutdown, "the server is shutting down")
+		return false, nil
+	}
+	if n.plain(opt) {
+		n.refuse(opt, protocol.RepErrTLSReqd, errPlain.Error())
 		return false, nil
 	}
 	noData := func() bool {
@@ -209,7 +220,7 @@ func (n *negotiation) answer(opt protocol.Option, data []byte) (over bool, err e
 
 	case protocol.OptStartTLS:
 		if noData() {
-			n.refuse(opt, protocol.RepErrPolicy, "TLS is switched off")
+			return false, n.startTLS(opt)
 		}
 
 	default:

@@ -23,7 +23,8 @@ const (
 // it waits for the client with nothing in hand.
 type input struct {
 	nc         net.Conn
-	raw        syscall.RawConn // of nc, or nil
+	raw        syscall.RawConn // of nc or what is below it, or nil
+	secure     TLSConn         // nc, or nil without TLS
 	buf        *backend.Buffer
 	start, end int // what is in hand: buf.B[start:end]
 	head       int // size in bytes of what precedes a write's payload
@@ -35,8 +36,8 @@ type input struct {
 	err     error
 }
 
-func (in *input) init(nc net.Conn, raw syscall.RawConn) {
-	in.nc, in.raw = nc, raw
+func (in *input) init(c *conn) {
+	in.nc, in.raw, in.secure = c.stream(), c.raw, c.secure
 	in.head = protocol.RequestSize
 	in.receive = in.tryReceive
 }
@@ -134,7 +135,7 @@ func (in *input) tryReceive(fd uintptr) bool {
 		return true
 	}
 	for {
-		in.n, in.err = unix.Read(int(fd), in.buf.B[in.end:])
+		in.n, in.err = in.receiveOnce(fd)
 		switch in.err {
 		case unix.EINTR:
 			continue
@@ -147,6 +148,8 @@ func (in *input) tryReceive(fd uintptr) bool {
 			}
 			return false
 		case nil:
+		case io.EOF:
+			in.err = nil // TLS has an end of its own
 		default:
 			in.err = os.NewSyscallError("receive", in.err)
 		}

@@ -10,6 +10,9 @@ import (
 // negotiation"): the server describes the default export, and what the client
 // sends next are requests. It returns as [conn.handshake] does.
 func (c *conn) oldstyle() error {
+	if c.s.opts.TLSRequired {
+		return errPlain // which the oldstyle protocol cannot do
+	}
 	caps, err := c.openSession("")
 	if err != nil {
 		return err

@@ -43,7 +43,7 @@ const (
 func newReader(c *conn) *reader {
 	r := &reader{}
 	r.task.init(c)
-	r.in.init(c.nc, c.raw)
+	r.in.init(c)
 	r.in.head = c.negotiated.RequestSize()
 	r.in.idle = func() {
 		if r.out.empty() { // always: what waits is sent before waiting

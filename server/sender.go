@@ -124,7 +124,7 @@ func (s *sender) write(p []byte) {
 	if status(s.c.status.Load()) == dead {
 		return
 	}
-	if _, err := s.c.nc.Write(p); err != nil {
+	if _, err := s.c.stream().Write(p); err != nil {
 		s.failed(err)
 	}
 }
@@ -136,7 +136,7 @@ func (s *sender) writeAll(queue []batch) {
 			s.pieces = append(s.pieces, b.buf.B[b.start:b.end])
 		}
 		s.vector = s.pieces
-		if _, err := s.vector.WriteTo(s.c.nc); err != nil {
+		if _, err := s.vector.WriteTo(s.c.stream()); err != nil {
 			s.failed(err)
 		}
 	}

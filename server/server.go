@@ -32,6 +32,12 @@ type Options struct {
 	// Oldstyle speaks the oldstyle protocol, which has no options: every client
 	// gets the default export.
 	Oldstyle bool
+	// TLS does the server's side of a TLS handshake, bounded by the deadlines
+	// of the connection; nil refuses NBD_OPT_STARTTLS.
+	TLS func(net.Conn) (TLSConn, error)
+	// TLSRequired refuses whatever else a client wants before it has negotiated
+	// TLS.
+	TLSRequired bool
 	// HandshakeMask hides handshake flags that would be offered otherwise.
 	HandshakeMask protocol.HandshakeFlags
 	// HandshakeTimeout is how long a client may take from the connection to

@@ -662,6 +662,12 @@ func TestIdleHoldsNothing(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	holdsNothing(t)
+}
+
+// holdsNothing waits until no buffer is in use.
+func holdsNothing(t *testing.T) {
+	t.Helper()
 	for range 1 << 30 {
 		if backend.BuffersInUse() == 0 {
 			return

@@ -1,0 +1,116 @@
+package server
+
+import (
+	"errors"
+	"fmt"
+	"net"
+
+	"golang.org/x/sys/unix"
+
+	"nbdhost/protocol"
+)
+
+// A TLSConn is a connection after a TLS handshake. Deadlines are those of the
+// connection below, and Close closes that as well.
+type TLSConn interface {
+	net.Conn
+	// TryRead reads what is there without waiting, and fails with
+	// syscall.EAGAIN where nothing is. It is called within
+	// syscall.RawConn.Read of the connection below, with the descriptor.
+	TryRead(fd uintptr, p []byte) (int, error)
+	// Peer is the distinguished names (RFC 4514) of the client's certificate
+	// and of its issuer, or empty.
+	Peer() (subject, issuer string)
+	// Description is the protocol and the algorithms in use, for a log.
+	Description() string
+}
+
+// stream is what the client's bytes come from and the server's go to.
+func (c *conn) stream() net.Conn {
+	if c.secure != nil {
+		return c.secure
+	}
+	return c.nc
+}
+
+// close ends the connection; nothing is read or written any more.
+func (c *conn) close() { _ = c.stream().Close() } // an error means it is closed already
+
+// plain tells whether an option must be refused because there is no TLS yet.
+func (n *negotiation) plain(opt protocol.Option) bool {
+	return n.c.s.opts.TLSRequired && n.c.secure == nil && opt != protocol.OptStartTLS && opt != protocol.OptAbort
+}
+
+// startTLS is NBD_OPT_STARTTLS. The error of a handshake that failed ends the
+// connection.
+func (n *negotiation) startTLS(opt protocol.Option) error {
+	c := n.c
+	switch {
+	case c.secure != nil:
+		n.refuse(opt, protocol.RepErrInvalid, "TLS has been negotiated already")
+		return nil
+	case c.s.opts.TLS == nil:
+		n.refuse(opt, protocol.RepErrPolicy, "TLS is switched off")
+		return nil
+	}
+	n.accept(opt)
+	if err := n.write(n.reply); err != nil {
+		return err
+	}
+	n.reply = n.reply[:0]
+	// The client has to wait for the reply. What is in hand may have been put
+	// there by somebody between the two, and must never be taken for what the
+	// client says under TLS.
+	if rest := len(n.in.unread()); rest > 0 {
+		return fmt.Errorf("%v: got %d bytes behind it in plain text, need none: somebody may have put them there", opt, rest)
+	}
+	n.in.release()
+	secure, err := c.s.opts.TLS(c.nc)
+	if err != nil {
+		if !c.s.quitting() {
+			c.log.Error(err.Error())
+		}
+		return err
+	}
+	n.forget()
+	c.secure = secure
+	n.in.init(c)
+	c.peer.TLS = true
+	c.peer.TLSDN, c.peer.TLSIssuerDN = secure.Peer()
+	c.call.Debugf("%s; client %q, issued by %q", secure.Description(), c.peer.TLSDN, c.peer.TLSIssuerDN)
+	return nil
+}
+
+var errPlain = errors.New("negotiate TLS first: this server demands it")
+
+// decryptSize is how much is decrypted before it is looked at, unless one request
+// needs more: what is more would leave the processor's cache.
+const decryptSize = 64 << 10
+
+// decrypt receives what is there under TLS, more than one record if need be.
+func (in *input) decrypt(fd uintptr) (n int, err error) {
+	for n < decryptSize || in.end+n-in.start < in.room {
+		p := in.buf.B[in.end+n:]
+		if len(p) == 0 {
+			break
+		}
+		var got int
+		got, err = in.secure.TryRead(fd, p)
+		n += got
+		if err != nil {
+			break
+		}
+	}
+	if n > 0 {
+		return n, nil // an error comes again
+	}
+	return 0, err
+}
+
+// receiveOnce receives once without waiting; 0 bytes are the end.
+func (in *input) receiveOnce(fd uintptr) (int, error) {
+	if in.secure == nil {
+		return unix.Read(int(fd), in.buf.B[in.end:])
+	}
+	return in.decrypt(fd)
+}
