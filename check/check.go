@@ -149,6 +149,8 @@ type Subject struct {
 	Path string
 	// Open loads it. It is called once.
 	Open func() (Plugin, error)
+	// Serving calls serve, within which all connections are opened and closed.
+	Serving func(serve func())
 	// Start configures it and makes it ready to serve, as a server would; it is
 	// called once, after Open. Stop undoes it, with .cleanup and .unload; it is
 	// called once where Start was, after every connection has been closed.
@@ -164,12 +166,14 @@ type Subject struct {
 
 	plugin  Plugin
 	chain   *backend.Chain
-	started bool // Start was called
-	stopped bool
-	broken  error // why no export can be opened
-	service *service
-	churned *churn
-	notes   []string
+	started bool  // Start was called
+	stuck   error // a call into the plugin has not returned
+	// unresolved tells that the file has a symbol that nobody has.
+	unresolved bool
+	broken     error // why no export can be opened
+	service    *service
+	churned    *churn
+	notes      []string
 }
 
 // skipped is the reason why a promise is not looked at.
@@ -187,28 +191,43 @@ func (s *Subject) notef(format string, args ...any) {
 // Run runs the named checks. It tells begin of each before it runs, and end of its
 // result. Whatever the names are, the plugin is loaded, started and stopped.
 func (s *Subject) Run(names []string, begin func(name string), end func(Result)) {
-	for i := range Checks {
-		c := &Checks[i]
-		selected := slices.Contains(names, c.Name)
-		if !selected && !Needed(c.Name) {
-			continue
+	run := func(checks []Check) {
+		for i := range checks {
+			c := &checks[i]
+			switch selected := slices.Contains(names, c.Name); {
+			case selected:
+				begin(c.Name)
+				end(s.one(c))
+			case Needed(c.Name):
+				s.one(c)
+			}
 		}
-		if selected {
-			begin(c.Name)
+	}
+	at := func(name string) int {
+		return slices.IndexFunc(Checks, func(c Check) bool { return c.Name == name })
+	}
+	first, last := at("plugin.open"), at("plugin.stop")
+	run(Checks[:first])
+	s.Serving(func() {
+		run(Checks[first:last])
+		if s.service != nil {
+			s.stuck = s.service.end()
 		}
-		r := s.one(c)
-		if selected {
-			end(r)
+		if s.stuck != nil {
+			run(Checks[last:]) // from here, since there may be no way back
 		}
+	})
+	if s.stuck == nil {
+		run(Checks[last:])
 	}
 }
 
 // Needed tells whether no later check can run without this one.
 func Needed(name string) bool { return slices.Contains(needed, name) }
 
-// Stuck tells after Run whether a call into the plugin has not returned, so that
-// the process must end without touching it any more.
-func (s *Subject) Stuck() bool { return s.started && !s.stopped }
+// Stuck tells, within Serving and after Run, whether a call into the plugin has not
+// returned, so that the process must end without touching it any more.
+func (s *Subject) Stuck() bool { return s.stuck != nil }
 
 // needed are the checks without which no later one can run.
 var needed = []string{"file.load", "plugin.start", "plugin.open", "plugin.stop"}

@@ -70,6 +70,7 @@ func (s *Subject) fileSymbols() error {
 		}
 	}
 	if len(unknown) > 0 {
+		s.unresolved = true
 		slices.Sort(unknown)
 		return fmt.Errorf("undefined symbol %s, which no release up to 1.48 has: a misspelled name, or a later release", strings.Join(unknown, ", "))
 	}
@@ -83,7 +84,10 @@ func (s *Subject) fileSymbols() error {
 // fileLoad loads the file; all that the loader refuses is a promise broken.
 func (s *Subject) fileLoad() error {
 	p, err := s.Open()
-	if err != nil {
+	switch {
+	case err != nil && s.unresolved:
+		return skipf("a symbol is missing")
+	case err != nil:
 		return err
 	}
 	s.plugin = p

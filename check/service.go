@@ -40,7 +40,10 @@ func (s *Subject) serve() (*service, error) {
 		os.RemoveAll(dir)
 		return nil, fmt.Errorf("serve plugin: %w", err)
 	}
-	v.Server = server.New(server.Options{Chain: s.chain, ReadOnly: !s.Writes, Log: s.Log, DrainTimeout: 10 * time.Second})
+	v.Server = server.New(server.Options{
+		Chain: s.chain, ReadOnly: !s.Writes, Log: s.Log, DrainTimeout: 10 * time.Second,
+		SparseReads: server.SparseNever, // what is read is the plugin's, not made from its extents
+	})
 	go func() { v.serving <- v.Serve(l) }()
 	s.service = v
 	return v, nil
@@ -48,24 +51,22 @@ func (s *Subject) serve() (*service, error) {
 
 // end stops the server. It fails where a call does not return.
 func (v *service) end() error {
+	defer os.RemoveAll(v.dir)
 	v.Shutdown()
-	err := <-v.serving
+	<-v.serving // what it has to say of the socket is no news of the plugin
 	if !v.Wait() {
 		return errors.New("a call into the plugin has not returned after its connection was cut")
 	}
-	return errors.Join(err, os.RemoveAll(v.dir))
+	return nil
 }
 
 func (s *Subject) stop() error {
 	if !s.started {
 		return skipf("the plugin was not started")
 	}
-	if s.service != nil {
-		if err := s.service.end(); err != nil {
-			return err
-		}
+	if s.stuck != nil {
+		return s.stuck
 	}
-	s.stopped = true
 	s.Stop()
 	return nil
 }

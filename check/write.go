@@ -38,7 +38,7 @@ func (s *Subject) window(needs protocol.ExportFlags, atEnd bool, f func(c *conn,
 		w.n = min(w.n, 64<<10)
 		w.off = size - w.n
 	}
-	old, err := c.readLong(w)
+	old, err := c.readLong(w, w.n)
 	if err != nil {
 		return skipf("%v", err)
 	}
@@ -65,11 +65,11 @@ func (s *Subject) restore(w span, old []byte) {
 	}
 }
 
-// readLong reads what may be more than one request can.
-func (c *conn) readLong(w span) ([]byte, error) {
+// readLong reads w in pieces of at most most bytes.
+func (c *conn) readLong(w span, most uint64) ([]byte, error) {
 	var data []byte
 	for n := uint64(0); n < w.n; {
-		step := min(c.maximum(), w.n-n)
+		step := min(most, c.maximum(), w.n-n)
 		part, err := c.read(w.off+n, step)
 		if err != nil {
 			return nil, err
@@ -103,7 +103,7 @@ func noise(n, seed uint64) []byte {
 
 // expect reads the window and wants data in it.
 func (c *conn) expect(w span, data []byte, when string) error {
-	got, err := c.readLong(w)
+	got, err := c.readLong(w, w.n)
 	if err != nil {
 		return fmt.Errorf("%s: %w", when, err)
 	}
@@ -236,7 +236,7 @@ func (s *Subject) multiConn() error {
 			return err
 		}
 		defer b.Close()
-		if _, err := b.readLong(w); err != nil { // what it may keep
+		if _, err := b.readLong(w, w.n); err != nil { // what it may keep
 			return err
 		}
 		data := noise(w.n, 11)
@@ -275,7 +275,7 @@ func (s *Subject) trimNeighbours() error {
 		if err := c.Trim(p.n, p.off, 0); err != nil {
 			return fmt.Errorf("trim of %d bytes at %d: %w", p.n, p.off, err)
 		}
-		got, err := c.readLong(w)
+		got, err := c.readLong(w, w.n)
 		if err != nil {
 			return fmt.Errorf("after a trim: %w", err)
 		}

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"os"
 	"os/exec"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -84,11 +85,13 @@ func superviseChecks(args, names []string, begin func(string), end func(check.Re
 	if _, err := unix.FcntlInt(uintptr(pipe[1]), unix.F_SETFD, 0); err != nil {
 		return 0, fmt.Errorf("start checks: %w", err)
 	}
+	crash := &crashFilter{w: os.Stderr}
 	child := &exec.Cmd{
 		Path: "/proc/self/exe", Args: args,
 		Env:   append(os.Environ(), fmt.Sprintf("%s=%d %s", checkVariable, pipe[1], strings.Join(names, ","))),
-		Stdin: os.Stdin, Stdout: os.Stderr, Stderr: os.Stderr, // what plugins print is not the report
+		Stdin: os.Stdin, Stdout: os.Stderr, Stderr: crash, // what plugins print is not the report
 		SysProcAttr: &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL},
+		WaitDelay:   time.Second, // for what a plugin has left behind
 	}
 	err = child.Start()
 	unix.Close(pipe[1])
@@ -138,6 +141,8 @@ func superviseChecks(args, names []string, begin func(string), end func(check.Re
 	switch {
 	case hangs:
 		r.Saw = fmt.Sprintf("it has not ended after %v", checkTime)
+	case crash.line != "":
+		r.Saw = "the process crashed: " + crash.line
 	case r.Saw != "":
 		r.Saw = "the process " + r.Saw
 	default:
@@ -153,6 +158,29 @@ func superviseChecks(args, names []string, begin func(string), end func(check.Re
 		end(check.Result{Name: c.Name, Promise: c.Promise, Status: check.Skip, Why: r.Name + " has ended the process"})
 	}
 	return len(names), nil
+}
+
+// A crashFilter passes on what a process writes to its standard error, up to the
+// report of the Go runtime that it crashed, of which it keeps the first line.
+type crashFilter struct {
+	w    io.Writer
+	line string
+}
+
+// crashLine matches the first line of such a report.
+var crashLine = regexp.MustCompile(`(?m)^(SIG[A-Z]+: .*|fatal error: .*|panic: .*|unexpected fault address .*)$`)
+
+func (f *crashFilter) Write(p []byte) (int, error) {
+	n := len(p)
+	if f.line != "" {
+		return n, nil
+	}
+	if at := crashLine.FindIndex(p); at != nil {
+		f.line = string(p[at[0]:at[1]])
+		p = p[:at[0]]
+	}
+	_, err := f.w.Write(p)
+	return n, err
 }
 
 // checkAgain is a command line that runs one check as args did.
@@ -234,15 +262,25 @@ func runChecks(o *options, names []string, pipe io.Writer, out *logHandler) (int
 		s.Log = log
 	}
 	s.Open = func() (check.Plugin, error) {
-		if plugin, err = loader.Open(found.Path); err != nil {
+		p, err := loader.Open(found.Path)
+		if err != nil {
 			return nil, err
 		}
-		out.setModule(plugin.Name())
-		return plugin, nil
+		plugin = p
+		out.setModule(p.Name())
+		return p, nil
 	}
 	s.Start = func() (*backend.Chain, error) {
 		chain = backend.NewChain(plugin, log, setDebugFlags(plugin, o.debug, log))
 		return chain, life.start(chain, plugin.MagicConfigKey(), args)
+	}
+	s.Serving = func(serve func()) {
+		loader.OnMain(func() {
+			serve()
+			if s.Stuck() {
+				os.Exit(1) // the main thread may be what is stuck
+			}
+		})
 	}
 	s.Stop = func() {
 		loader.Quit()
@@ -253,9 +291,6 @@ func runChecks(o *options, names []string, pipe io.Writer, out *logHandler) (int
 	s.Run(names,
 		func(name string) { send(finding{Begin: name}) },
 		func(r check.Result) { send(finding{End: &r}) })
-	if s.Stuck() {
-		return statusStuck, err
-	}
 	return 0, err
 }
 
