@@ -30,6 +30,12 @@ func TestScripts(t *testing.T) {
 			})
 			return nil
 		},
+		Condition: func(c string) (bool, error) {
+			if c == "root" {
+				return os.Geteuid() == 0, nil
+			}
+			return false, fmt.Errorf("unknown condition %q", c)
+		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			// signal SIGNAL PIDFILE sends a signal and waits for the process's end.
 			"signal": func(ts *testscript.TestScript, neg bool, args []string) {

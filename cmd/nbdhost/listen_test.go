@@ -1,0 +1,207 @@
+package main
+
+import (
+	"errors"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"nbdhost/protocol"
+)
+
+var quiet = slog.New(slog.DiscardHandler)
+
+func keepalive(t *testing.T, c net.Conn) bool {
+	t.Helper()
+	raw, err := c.(syscall.Conn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var on int
+	raw.Control(func(fd uintptr) { on, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_KEEPALIVE) })
+	if err != nil {
+		t.Fatal(err)
+	}
+	return on != 0
+}
+
+// accepted returns the server's end of a connection to l.
+func accepted(t *testing.T, l net.Listener) net.Conn {
+	t.Helper()
+	client, err := net.Dial(l.Addr().Network(), l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { client.Close() })
+	c, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+// Keepalives are sent with --keepalive only, whoever made the socket.
+func TestKeepalive(t *testing.T) {
+	for _, want := range []bool{false, true} {
+		e, err := listen(&options{port: "0", address: "127.0.0.1", family: "tcp", keepalive: want}, quiet)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer e.abandon()
+		if got := keepalive(t, accepted(t, e.listeners[0])); got != want {
+			t.Errorf("--keepalive %v: got %v", want, got)
+		}
+	}
+	for _, socket := range []bool{false, true} {
+		for _, option := range []bool{false, true} {
+			l, err := net.Listen("tcp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			f, err := l.(*net.TCPListener).File()
+			if err != nil {
+				t.Fatal(err)
+			}
+			l.Close()
+			fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+			f.Close()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if socket {
+				if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1); err != nil {
+					t.Fatal(err)
+				}
+			}
+			inherited, err := inheritListener(fd, option)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer inherited.Close()
+			if got := keepalive(t, accepted(t, inherited)); got != (socket || option) {
+				t.Errorf("an inherited socket with %v, --keepalive %v: got %v", socket, option, got)
+			}
+		}
+	}
+}
+
+func TestInheritListener(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.SetUnlinkOnClose(false)
+	f, err := l.File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+	fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	f.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := inheritListener(fd, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	u := uriOf(got.Addr(), "x")
+	if want := "nbd+unix:///x?socket=" + path; u.String() != want {
+		t.Errorf("got %v, want %s", &u, want)
+	}
+	accepted(t, got)
+	// It is the other process's: its file stays.
+	(&endpoint{listeners: []net.Listener{got}, uri: u, inherited: true}).abandon()
+	if _, err := os.Stat(path); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestUriOf(t *testing.T) {
+	for _, tt := range []struct {
+		a    net.Addr
+		want string
+	}{
+		{&net.TCPAddr{IP: net.IPv4zero, Port: 10809}, "nbd://localhost/"},
+		{&net.TCPAddr{IP: net.IPv6loopback, Port: 1}, "nbd://[::1]:1/"},
+		{vsockAddr{unix.VMADDR_CID_ANY, 7}, "nbd+vsock://1:7/"},
+	} {
+		if u := uriOf(tt.a, ""); u.String() != tt.want {
+			t.Errorf("%v: got %v, want %s", tt.a, &u, tt.want)
+		}
+	}
+}
+
+// A connection over vsock is one like others: it is read and written, it waits
+// with a deadline, and closing the listener ends Accept.
+func TestVsock(t *testing.T) {
+	e, err := listen(&options{vsock: true, port: "0"}, quiet)
+	if errors.Is(err, unix.EAFNOSUPPORT) {
+		t.Skip(err)
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	defer e.abandon()
+	if e.uri.Transport != protocol.TransportVsock || e.uri.Port == 0 || e.uri.Port == unix.VMADDR_PORT_ANY {
+		t.Errorf("got URI %v, need the port that was taken", &e.uri)
+	}
+	l := e.listeners[0]
+	ended := make(chan error, 1)
+	fd, err := unix.Socket(unix.AF_VSOCK, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	client := os.NewFile(uintptr(fd), "client")
+	defer client.Close()
+	err = unix.Connect(fd, &unix.SockaddrVM{CID: unix.VMADDR_CID_LOCAL, Port: e.uri.Port})
+	if err != nil {
+		t.Logf("no loopback of vsock here: %v", err)
+	} else {
+		c, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		client.WriteString("ping")
+		b := make([]byte, 4)
+		if _, err := io.ReadFull(c, b); err != nil || string(b) != "ping" {
+			t.Errorf("got %q, %v", b, err)
+		}
+		if c.RemoteAddr().String() == l.Addr().String() {
+			t.Errorf("got the address %v for both ends", c.RemoteAddr())
+		}
+	}
+	go func() {
+		_, err := l.Accept()
+		ended <- err
+	}()
+	l.Close()
+	if err := <-ended; err == nil {
+		t.Error("Accept went on after Close")
+	}
+}
+
+func TestListenErrors(t *testing.T) {
+	if _, err := listen(&options{vsock: true, port: "x"}, quiet); err == nil {
+		t.Error("a port of letters: got no error")
+	}
+	if _, err := lookUpIdentity("", "nosuchgroup"); err == nil {
+		t.Error("a group that is none: got no error")
+	}
+	id, err := lookUpIdentity("4000000000", "")
+	if err != nil || id.uid != 4000000000 || id.gid != keep {
+		t.Errorf("a user who has only a number: got %+v, %v", id, err)
+	}
+	id, err = lookUpIdentity("root", "")
+	if err != nil || id.uid != 0 || id.gid != 0 || len(id.groups) == 0 {
+		t.Errorf("root: got %+v, %v", id, err)
+	}
+}
