@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"sync"
+	"sync/atomic"
 )
 
 // Flags modify a data call (nbdkit-plugin(3), "Flags").
@@ -36,15 +38,13 @@ type BlockSize struct {
 	Min, Preferred, Max uint32
 }
 
-// A Backend is one module of a chain. It performs the callbacks that Has
-// reports and is never asked for another; what is to be done instead is the
-// business of [Chain] and [Session]. Errors are of type *Error.
-//
-// All implementations but [Mem] are in package loader.
-type Backend interface {
+// A Module is what plugins and filters have in common. It performs the callbacks
+// that Has reports and is never asked for another; what is to be done instead is
+// the business of [Layer] and [Session]. Errors are of type *Error.
+type Module interface {
 	// Name is the module's own name, such as "file".
 	Name() string
-	// Has tells whether the module has the callback.
+	// Has tells whether the module has the callback. The answer never changes.
 	Has(Callback) bool
 	// ThreadModel is the most parallel model that the module was built for.
 	ThreadModel() ThreadModel
@@ -65,8 +65,37 @@ type Backend interface {
 	// DefaultExport returns ok = false where the module wants no client to
 	// reach it by the empty name.
 	DefaultExport(c *Call, readonly bool) (name string, ok bool)
+}
+
+// A Backend is the innermost module of a chain, which holds the data.
+//
+// All implementations but [Mem] are in package loader.
+type Backend interface {
+	Module
 	// Open is given the export name after the default one was resolved.
 	Open(c *Call, readonly bool, export string) (Handle, error)
+}
+
+// A Filter is a module over another layer, which it is free to call in each of
+// its own callbacks, and on goroutines and threads of its own.
+type Filter interface {
+	Module
+	// SetNext says what the filter stands over, before anything else is called.
+	SetNext(*Layer)
+	// OpenOver is Open for s, a session that is not open yet: s.ReadOnly and
+	// s.Export are the arguments. A filter that has something below it there
+	// calls s.OpenNext or s.SetNext, now or at any time until it is closed.
+	OpenOver(c *Call, s *Session) (FilterHandle, error)
+}
+
+// A FilterHandle is what a Filter's OpenOver returned.
+type FilterHandle interface {
+	Handle
+	// Prepare follows the opening, once the layer below has been prepared.
+	Prepare(c *Call, readonly bool) error
+	// Finalize precedes Close, before the layer below is finalized; it is not
+	// called where Prepare was not or failed.
+	Finalize(c *Call) error
 }
 
 // A Handle is what a Backend's Open returned. Close is called exactly once,
@@ -92,15 +121,18 @@ type Handle interface {
 	Cache(c *Call, n uint32, off uint64) error
 }
 
-// Handshake is the Worker of a call made outside the workers of a connection.
-const Handshake = -1
+// Workers of calls that no worker of a connection makes.
+const (
+	Handshake = -1 // the goroutine that opens and closes the connection
+	Foreign   = -2 // a thread that a module made
+)
 
 // A Call says on whose behalf calls into a chain are made. Each goroutine that
 // makes calls has its own, and reuses it from call to call.
 type Call struct {
 	Conn *Conn
-	// Worker counts the workers of the connection from 0, or is Handshake.
-	// Only log lines show it.
+	// Worker counts the workers of the connection from 0, or is Handshake or
+	// Foreign. Only log lines show it.
 	Worker int
 	// Log receives a line for each callback at debug level; nil for none.
 	Log *slog.Logger
@@ -139,6 +171,46 @@ type Conn struct {
 	// last call has returned.
 	Local     any
 	OnRelease func()
+
+	mu        sync.Mutex
+	log       *slog.Logger             // of the connection's first call
+	elsewhere *slog.Logger             // of the chain
+	calls     atomic.Pointer[[]*Call]  // by Worker - Foreign
+	defaults  map[*Layer]defaultExport // what default_export has answered
+}
+
+// adopt takes note of the connection's first call, which must come before any
+// other goroutine makes one.
+func (c *Conn) adopt(first *Call, ch *Chain) {
+	if c.log == nil {
+		c.log, c.elsewhere = first.Log, ch.log
+	}
+}
+
+// Call returns the call that the given worker, or Handshake or Foreign, uses. It
+// is for modules, which know of a call only the connection and the worker.
+func (c *Conn) Call(worker int) *Call {
+	i := worker - Foreign
+	if calls := c.calls.Load(); calls != nil && i < len(*calls) && (*calls)[i] != nil {
+		return (*calls)[i]
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var calls []*Call
+	if old := c.calls.Load(); old != nil {
+		calls = *old
+	}
+	calls = append(make([]*Call, 0, max(len(calls), i+1)), calls...)[:max(len(calls), i+1)]
+	call := &Call{Conn: c, Worker: worker, Log: c.log}
+	switch {
+	case worker == Foreign:
+		call.Log = c.elsewhere
+	case worker != Handshake && c.log != nil:
+		call.Log = c.log.With("worker", worker)
+	}
+	calls[i] = call
+	c.calls.Store(&calls)
+	return call
 }
 
 // Release ends the life of the connection; no call follows.

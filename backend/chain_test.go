@@ -35,7 +35,7 @@ func TestLifeCycle(t *testing.T) {
 	if err := walk(r); err != nil {
 		t.Error(err)
 	}
-	want := `load, config k=v, config_complete, thread_model, get_ready, after_fork, preconnect true, list_exports true, default_export true, default_export true, open true "main", [{a first} {main }], close, cleanup, unload`
+	want := `load, config k=v, config_complete, thread_model, get_ready, after_fork, preconnect true, list_exports true, default_export true, open true "main", [{a first} {main }], close, cleanup, unload`
 	if got := r.take(); got != want {
 		t.Errorf("called %s\nneed %s", got, want)
 	}

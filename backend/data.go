@@ -47,6 +47,17 @@ func (s *Session) Pread(c *Call, p []byte, off uint64) error {
 	if err := s.check(c, Pread, uint64(len(p)), off); err != nil {
 		return err
 	}
+	return s.pread(c, p, off)
+}
+
+func (s *Session) pread(c *Call, p []byte, off uint64) error {
+	if s.layer.passes[Pread] {
+		next, err := s.below(c, Pread)
+		if err != nil {
+			return err
+		}
+		return next.Pread(c, p, off)
+	}
 	return s.handle.Pread(c, p, off)
 }
 
@@ -70,21 +81,34 @@ func (s *Session) Pwrite(c *Call, p []byte, off uint64, flags Flags) error {
 }
 
 func (s *Session) pwrite(c *Call, p []byte, off uint64, flags Flags) error {
+	if s.layer.passes[Pwrite] {
+		next, err := s.below(c, Pwrite)
+		if err != nil {
+			return err
+		}
+		return next.Pwrite(c, p, off, flags)
+	}
 	if !s.module.Has(Pwrite) {
 		return s.errorf(c, Pwrite, syscall.EROFS, "not supported here: the module has no pwrite")
 	}
 	return s.handle.Pwrite(c, p, off, flags)
 }
 
-// emulateFUA takes FUA out of flags where the module does not know it; flush is
-// true where a flush after the call takes its place.
+// emulateFUA takes FUA out of flags where the plugin does not know it; flush is
+// true where a flush after the call takes its place. A filter gets the flag, and
+// passes it on as it likes.
 func (s *Session) emulateFUA(c *Call, flags Flags) (_ Flags, flush bool, err error) {
 	if flags&FUA == 0 {
 		return flags, false, nil
 	}
 	fua, err := s.ask(c, CanFUA)
-	if err != nil || fua == Native {
+	switch {
+	case err != nil:
 		return flags, false, err
+	case s.filter != nil && fua == None:
+		return flags, false, s.errorf(c, CanFUA, syscall.EINVAL, "got the flag FUA, which is not supported here")
+	case s.filter != nil || fua == Native:
+		return flags, false, nil
 	}
 	return flags &^ FUA, true, nil
 }
@@ -111,6 +135,13 @@ func (s *Session) Flush(c *Call) error {
 // flush is also called where can_flush is false but FUA is emulated
 // (nbdkit-plugin(3), can_fua).
 func (s *Session) flush(c *Call) error {
+	if s.layer.passes[Flush] {
+		next, err := s.below(c, Flush)
+		if err != nil {
+			return err
+		}
+		return next.Flush(c)
+	}
 	if !s.module.Has(Flush) {
 		return s.errorf(c, Flush, syscall.EINVAL, "not supported here: the module has no flush")
 	}
@@ -128,6 +159,13 @@ func (s *Session) Trim(c *Call, n uint32, off uint64, flags Flags) error {
 	if err := s.need(c, Trim, CanTrim); err != nil {
 		return err
 	}
+	if s.layer.passes[Trim] {
+		next, err := s.below(c, Trim)
+		if err != nil {
+			return err
+		}
+		return next.Trim(c, n, off, flags)
+	}
 	if !s.module.Has(Trim) {
 		return s.errorf(c, Trim, syscall.EINVAL, "not supported here: the module has no trim")
 	}
@@ -139,8 +177,8 @@ func (s *Session) Trim(c *Call, n uint32, off uint64, flags Flags) error {
 }
 
 // Zero writes n zeroes at off: with the module's .zero, or with .pwrite where
-// there is none or it says ENOTSUP or EOPNOTSUPP. With FastZero it fails with
-// EOPNOTSUPP instead of using .pwrite.
+// there is none, can_zero is Emulate, or the plugin's says ENOTSUP or EOPNOTSUPP.
+// With FastZero it fails with EOPNOTSUPP instead of using .pwrite.
 func (s *Session) Zero(c *Call, n uint32, off uint64, flags Flags) error {
 	if s.tracing(c) {
 		s.traceData(c, "%s: zero count=%d offset=%d may_trim=%d fua=%d fast=%d",
@@ -152,6 +190,21 @@ func (s *Session) Zero(c *Call, n uint32, off uint64, flags Flags) error {
 	if err := s.need(c, Zero, CanZero); err != nil {
 		return err
 	}
+	mode, err := s.ask(c, CanZero)
+	switch {
+	case err != nil:
+		return err
+	case mode == Emulate && flags&FastZero != 0:
+		return s.notFast()
+	case mode == Emulate:
+		return s.writeZeroes(n, off, func(p []byte, off uint64) error { return s.Pwrite(c, p, off, flags&FUA) })
+	case s.layer.passes[Zero]:
+		next, err := s.below(c, Zero)
+		if err != nil {
+			return err
+		}
+		return next.Zero(c, n, off, flags)
+	}
 	flags, flush, err := s.emulateFUA(c, flags)
 	if err == nil {
 		err = s.zero(c, n, off, flags)
@@ -160,25 +213,32 @@ func (s *Session) Zero(c *Call, n uint32, off uint64, flags Flags) error {
 }
 
 func (s *Session) zero(c *Call, n uint32, off uint64, flags Flags) error {
-	mode, err := s.ask(c, CanZero)
-	if err != nil {
-		return err
-	}
-	if mode == Native && s.module.Has(Zero) {
+	if s.module.Has(Zero) {
 		err := s.handle.Zero(c, n, off, flags)
-		if err == nil || !errors.Is(err, syscall.EOPNOTSUPP) { // which is ENOTSUP too
+		if s.filter != nil || err == nil || !errors.Is(err, syscall.EOPNOTSUPP) { // which is ENOTSUP too
 			return err
 		}
 	}
 	if flags&FastZero != 0 {
-		return s.errorf(c, Zero, syscall.EOPNOTSUPP, "zeroes would have to be written one by one, which is not fast")
+		return s.notFast()
 	}
-	flags &= FUA
+	return s.writeZeroes(n, off, func(p []byte, off uint64) error { return s.pwrite(c, p, off, flags&FUA) })
+}
+
+// notFast is the answer to a fast zero that would not be. The client expects it,
+// so that nobody else is told.
+func (s *Session) notFast() error {
+	return &Error{Module: s.module.Name(), Op: Zero.String(), Errno: syscall.EOPNOTSUPP,
+		Msg: "zeroes would have to be written one by one, which is not fast"}
+}
+
+// writeZeroes has n zeroes written at off, in pieces.
+func (s *Session) writeZeroes(n uint32, off uint64, write func(p []byte, off uint64) error) error {
 	return s.bounce(n, func(p []byte, done uint32) error {
 		if done == 0 {
 			clear(p) // the pieces that follow are no longer than the first
 		}
-		return s.pwrite(c, p, off+uint64(done), flags)
+		return write(p, off+uint64(done))
 	})
 }
 
@@ -199,8 +259,14 @@ func (s *Session) Cache(c *Call, n uint32, off uint64) error {
 		return err
 	case mode == Emulate:
 		return s.bounce(n, func(p []byte, done uint32) error {
-			return s.handle.Pread(c, p, off+uint64(done))
+			return s.Pread(c, p, off+uint64(done))
 		})
+	case s.layer.passes[Cache]:
+		next, err := s.below(c, Cache)
+		if err != nil {
+			return err
+		}
+		return next.Cache(c, n, off)
 	case !s.module.Has(Cache):
 		return nil
 	}
@@ -252,6 +318,16 @@ func (s *Session) Extents(c *Call, n uint32, off uint64, flags Flags, x *Extents
 	x.Reset(off, size)
 	if can == 0 {
 		return x.Add(off, uint64(n), 0)
+	}
+	if s.layer.passes[GetExtents] {
+		next, err := s.below(c, GetExtents)
+		if err == nil {
+			err = next.Extents(c, n, off, flags, x)
+		}
+		if err == nil {
+			x.Cut(size)
+		}
+		return err
 	}
 	if !s.module.Has(GetExtents) {
 		return s.errorf(c, GetExtents, syscall.EINVAL, "can_extents is true but the module has no extents")

@@ -45,6 +45,18 @@ func (x *Extents) Range() (start, end uint64) { return x.start, x.end }
 // List returns what was collected; it is valid until the next Reset.
 func (x *Extents) List() []Extent { return x.list }
 
+// Cut takes away what lies at end or behind it.
+func (x *Extents) Cut(end uint64) {
+	x.end = min(x.end, end)
+	for i := len(x.list) - 1; i >= 0 && x.list[i].Offset+x.list[i].Length > end; i-- {
+		if x.list[i].Offset < end {
+			x.list[i].Length = end - x.list[i].Offset
+			return
+		}
+		x.list = x.list[:i]
+	}
+}
+
 // Add appends an extent. It fails where the extent does not follow the one
 // before, or where the first one lies behind the start of the range.
 func (x *Extents) Add(off, n uint64, typ uint32) error {

@@ -12,14 +12,26 @@ import (
 // module for each capability once at most, and keeps from it every request that
 // the capabilities exclude.
 //
+// The session of a filter stands over that of the next layer, which its own
+// methods prepare, finalize and close. What a filter has no callback for is asked
+// of the next session without a detour.
+//
 // Prepare comes first and Close last; between them any goroutine may call the
 // data methods as the [Gate] admits.
 type Session struct {
+	layer    *Layer
 	chain    *Chain
-	module   Backend
+	module   Module
 	handle   Handle
+	filter   FilterHandle // nil for the plugin
+	next     atomic.Pointer[Session]
 	readonly bool
 	export   string
+	prepared bool // and not finalized
+
+	// OnClose, if not nil, is called once the session has been closed. It
+	// belongs to the module that opened the session.
+	OnClose func()
 
 	// asking is held while the module is asked for something to be cached.
 	asking sync.Mutex
@@ -27,24 +39,43 @@ type Session struct {
 	can  [CanCache - CanWrite + 1]atomic.Int32
 	size atomic.Int64 // its complement, so that 0 is not asked
 
-	description struct {
-		once sync.Once
-		text string
-		ok   bool
-	}
 	blockSize struct {
 		known bool
 		value BlockSize
 	}
 }
 
-func newSession(ch *Chain, module Backend, h Handle, readonly bool, export string) *Session {
-	return &Session{chain: ch, module: module, handle: h, readonly: readonly, export: export}
-}
-
 // Export returns the name under which the session was opened, after the default
 // name was resolved.
 func (s *Session) Export() string { return s.export }
+
+// ReadOnly tells whether the session was opened for reading only.
+func (s *Session) ReadOnly() bool { return s.readonly }
+
+// OpenNext opens the layer below and puts it under this session, which has to be
+// one of a filter with nothing below it yet.
+func (s *Session) OpenNext(c *Call, readonly bool, export string) (*Session, error) {
+	if s.next.Load() != nil {
+		return nil, s.errorf(c, Open, syscall.EINVAL, "next was opened a second time: need nbdkit_next_context_open for more sessions")
+	}
+	next, err := s.layer.next.Open(c, readonly, export)
+	if err == nil {
+		s.next.Store(next)
+	}
+	return next, err
+}
+
+// SetNext puts next, which may be nil, below this session, and returns the one
+// that was there: that is now the caller's to finalize and close.
+func (s *Session) SetNext(next *Session) (previous *Session) { return s.next.Swap(next) }
+
+// below returns the next session.
+func (s *Session) below(c *Call, op Callback) (*Session, error) {
+	if next := s.next.Load(); next != nil {
+		return next, nil
+	}
+	return nil, s.errorf(c, op, syscall.EIO, "not possible: the filter has not opened the next layer")
+}
 
 func (s *Session) traceControl(c *Call, cb Callback) {
 	s.chain.traceCall(c, "%s: %s", s.module.Name(), cb)
@@ -63,19 +94,52 @@ func reported(c *Call, e *Error) *Error {
 	return e
 }
 
-// Prepare completes the opening.
+// Prepare completes the opening, from the plugin outwards.
 func (s *Session) Prepare(c *Call) error {
+	if next := s.next.Load(); next != nil && !next.prepared {
+		if err := next.Prepare(c); err != nil {
+			return err
+		}
+	}
 	s.chain.traceCall(c, "%s: prepare readonly=%d", s.module.Name(), digit(s.readonly))
+	if s.filter != nil && !s.layer.passes[Prepare] {
+		if err := s.filter.Prepare(c, s.readonly); err != nil {
+			return err
+		}
+	}
+	s.prepared = true
 	return nil
 }
 
-// Finalize and Close end the session; every other call must have returned.
-func (s *Session) Finalize(c *Call) { s.traceControl(c, Finalize) }
+// Finalize and Close end the session, from the outermost layer inwards; every
+// other call must have returned. A layer that was not prepared is not finalized,
+// nor are those below one that fails.
+func (s *Session) Finalize(c *Call) error {
+	if s.prepared {
+		s.prepared = false
+		s.traceControl(c, Finalize)
+		if s.filter != nil && !s.layer.passes[Finalize] {
+			if err := s.filter.Finalize(c); err != nil {
+				return err
+			}
+		}
+	}
+	if next := s.next.Load(); next != nil {
+		return next.Finalize(c)
+	}
+	return nil
+}
 
-// Close gives the handle back to the module.
+// Close gives the handles back to the modules.
 func (s *Session) Close(c *Call) {
 	s.traceControl(c, Close)
 	s.handle.Close(c)
+	if next := s.next.Swap(nil); next != nil {
+		next.Close(c)
+	}
+	if s.OnClose != nil {
+		s.OnClose()
+	}
 }
 
 // Size returns the size of the export in bytes, 0 to 2^63-1.
@@ -89,7 +153,7 @@ func (s *Session) Size(c *Call) (uint64, error) {
 		return uint64(^n), nil
 	}
 	s.traceControl(c, GetSize)
-	n, err := s.handle.GetSize(c)
+	n, err := s.getSize(c)
 	if err != nil {
 		return 0, err
 	}
@@ -100,22 +164,38 @@ func (s *Session) Size(c *Call) (uint64, error) {
 	return uint64(n), nil
 }
 
+func (s *Session) getSize(c *Call) (int64, error) {
+	if !s.layer.passes[GetSize] {
+		return s.handle.GetSize(c)
+	}
+	next, err := s.below(c, GetSize)
+	if err != nil {
+		return 0, err
+	}
+	n, err := next.Size(c)
+	return int64(n), err
+}
+
 // ExportDescription returns the description of the export; ok is false where
-// there is none that the protocol could carry.
+// there is none that the protocol could carry. The module is asked each time.
 func (s *Session) ExportDescription(c *Call) (text string, ok bool) {
-	s.description.once.Do(func() {
-		s.traceControl(c, ExportDescription)
-		if !s.module.Has(ExportDescription) {
-			return
+	s.traceControl(c, ExportDescription)
+	if s.layer.passes[ExportDescription] {
+		next, err := s.below(c, ExportDescription)
+		if err != nil {
+			return "", false
 		}
-		text, ok := s.handle.ExportDescription(c)
-		if len(text) > MaxString {
-			s.chain.traceCall(c, "%s: export_description: ignoring invalid string", s.module.Name())
-			return
-		}
-		s.description.text, s.description.ok = text, ok
-	})
-	return s.description.text, s.description.ok
+		return next.ExportDescription(c)
+	}
+	if !s.module.Has(ExportDescription) {
+		return "", false
+	}
+	text, ok = s.handle.ExportDescription(c)
+	if len(text) > MaxString {
+		s.chain.traceCall(c, "%s: export_description: ignoring invalid string", s.module.Name())
+		return "", false
+	}
+	return text, ok
 }
 
 // BlockSize returns the module's block size constraints, all zero where it has
@@ -130,7 +210,15 @@ func (s *Session) BlockSize(c *Call) (BlockSize, error) {
 	}
 	s.traceControl(c, BlockSizes)
 	var b BlockSize
-	if s.module.Has(BlockSizes) {
+	if s.layer.passes[BlockSizes] {
+		next, err := s.below(c, BlockSizes)
+		if err == nil {
+			b, err = next.BlockSize(c)
+		}
+		if err != nil {
+			return b, err
+		}
+	} else if s.module.Has(BlockSizes) {
 		var err error
 		if b, err = s.handle.BlockSize(c); err != nil {
 			return b, err
@@ -181,11 +269,11 @@ func (s *Session) ask(c *Call, cb Callback) (int, error) {
 // capability is found out by the goroutine of the handshake, before others make
 // calls, so two that ask at the same time are possible but rare, and harmless.
 func (s *Session) capability(c *Call, cb Callback) (int, error) {
+	if cb == CanWrite && s.readonly {
+		return 0, nil
+	}
+	s.traceControl(c, cb)
 	switch cb {
-	case CanWrite:
-		if s.readonly {
-			return 0, nil
-		}
 	case CanTrim, CanZero, CanFUA:
 		if w, err := s.ask(c, CanWrite); err != nil || w == 0 {
 			return 0, err
@@ -195,25 +283,30 @@ func (s *Session) capability(c *Call, cb Callback) (int, error) {
 			return 0, err
 		}
 	}
-	s.traceControl(c, cb)
-	has := s.module.Has
-	if !has(cb) {
+	if s.layer.passes[cb] {
+		next, err := s.below(c, cb)
+		if err != nil {
+			return 0, err
+		}
+		return next.ask(c, cb)
+	}
+	if !s.module.Has(cb) {
 		return s.implied(c, cb)
 	}
 	n, err := s.handle.Can(c, cb)
 	if err != nil {
 		return 0, err
 	}
-	switch cb {
-	case CanFUA, CanCache:
+	switch {
+	case cb == CanFUA, cb == CanCache, cb == CanZero && s.filter != nil:
 		if n < None || n > Native {
 			return 0, s.errorf(c, cb, syscall.EINVAL, "%s returned %d: need 0 (none), 1 (emulate) or 2 (native)", cb, n)
 		}
 	default:
 		n = min(n, 1)
 	}
-	if cb == CanZero {
-		// The module says whether .zero is worth calling; that zeroes can be
+	if cb == CanZero && s.filter == nil {
+		// The plugin says whether .zero is worth calling; that zeroes can be
 		// written at all, with .pwrite, does not depend on it.
 		n += Emulate
 	}
@@ -262,6 +355,10 @@ type Caps struct {
 	Extents    bool
 }
 
+// Can asks one of CanWrite ... CanCache. CanZero, CanFUA and CanCache give None,
+// Emulate or Native, the others 0 or 1.
+func (s *Session) Can(c *Call, cb Callback) (int, error) { return s.ask(c, cb) }
+
 // Caps asks for all capabilities, in nbdkit's order.
 func (s *Session) Caps(c *Call) (caps Caps, err error) {
 	if caps.Size, err = s.Size(c); err != nil {
@@ -276,18 +373,14 @@ func (s *Session) Caps(c *Call) (caps Caps, err error) {
 		return n
 	}
 	caps.Write = ask(CanWrite) != 0
-	if caps.Write {
-		caps.Zero = ask(CanZero)
-		caps.FastZero = ask(CanFastZero) != 0
-		caps.Trim = ask(CanTrim) != 0
-		caps.FUA = ask(CanFUA)
-	}
+	caps.Zero = ask(CanZero)
+	caps.FastZero = ask(CanFastZero) != 0
+	caps.Trim = ask(CanTrim) != 0
+	caps.FUA = ask(CanFUA)
 	caps.Flush = ask(CanFlush) != 0
 	caps.Rotational = ask(IsRotational) != 0
 	// Several connections cannot help where only one is served at a time.
-	if s.chain.model != SerializeConnections {
-		caps.MultiConn = ask(CanMultiConn) != 0
-	}
+	caps.MultiConn = ask(CanMultiConn) != 0 && s.chain.model != SerializeConnections
 	caps.Cache = ask(CanCache)
 	caps.Extents = ask(CanExtents) != 0
 	return caps, err

@@ -15,7 +15,10 @@ static void
 enter (struct nbdhost_frame *f, nbdhost_ctx ctx, int worker)
 {
   f->ctx = ctx;
-  f->worker = worker;
+  /* A callback of a filter that leads to another does not change the thread. */
+  f->worker =
+    worker == NBDHOST_HANDSHAKE && nbdhost_frame ? nbdhost_frame->worker
+                                                 : worker;
   f->error = 0;
   f->message = NULL;
   f->outer = nbdhost_frame;
@@ -61,7 +64,7 @@ leave (struct nbdhost_frame *f, int64_t ret, void *ptr, bool failed)
 #define CALL_PTR(ctx, type, fn, ...)                            \
   do {                                                          \
     struct nbdhost_frame f;                                     \
-    enter (&f, ctx, -1);                                        \
+    enter (&f, ctx, NBDHOST_HANDSHAKE);                         \
     void *ptr = (void *) ((type) fn) (__VA_ARGS__);             \
     return leave (&f, 0, ptr, ptr == NULL);                     \
   } while (0)
@@ -71,7 +74,7 @@ nbdhost_call_void (nbdhost_ctx ctx, void *fn)
 {
   struct nbdhost_frame f;
 
-  enter (&f, ctx, -1);
+  enter (&f, ctx, NBDHOST_HANDSHAKE);
   ((void (*) (void)) fn) ();
   leave (&f, 0, NULL, false);
 }
@@ -79,20 +82,21 @@ nbdhost_call_void (nbdhost_ctx ctx, void *fn)
 struct nbdhost_result
 nbdhost_call_int (nbdhost_ctx ctx, void *fn)
 {
-  CALL (ctx, -1, int (*) (void), fn);
+  CALL (ctx, NBDHOST_HANDSHAKE, int (*) (void), fn);
 }
 
 struct nbdhost_result
 nbdhost_call_config (nbdhost_ctx ctx, void *fn, const char *key,
                      const char *value)
 {
-  CALL (ctx, -1, int (*) (const char *, const char *), fn, key, value);
+  CALL (ctx, NBDHOST_HANDSHAKE, int (*) (const char *, const char *), fn, key,
+        value);
 }
 
 struct nbdhost_result
 nbdhost_call_preconnect (nbdhost_ctx ctx, void *fn, int readonly)
 {
-  CALL (ctx, -1, int (*) (int), fn, readonly);
+  CALL (ctx, NBDHOST_HANDSHAKE, int (*) (int), fn, readonly);
 }
 
 /* ptr: the list, the caller's to free, also on failure; NULL: out of memory. */
@@ -103,7 +107,7 @@ nbdhost_call_list_exports (nbdhost_ctx ctx, void *fn, int readonly, int is_tls)
   struct nbdkit_exports *exports;
   int ret = -1;
 
-  enter (&f, ctx, -1);
+  enter (&f, ctx, NBDHOST_HANDSHAKE);
   exports = nbdkit_exports_new ();
   if (exports == NULL)
     nbdkit_set_error (ENOMEM);
@@ -131,7 +135,7 @@ nbdhost_call_close (nbdhost_ctx ctx, void *fn, void *handle)
 {
   struct nbdhost_frame f;
 
-  enter (&f, ctx, -1);
+  enter (&f, ctx, NBDHOST_HANDSHAKE);
   ((void (*) (void *)) fn) (handle);
   leave (&f, 0, NULL, false);
 }
@@ -139,13 +143,13 @@ nbdhost_call_close (nbdhost_ctx ctx, void *fn, void *handle)
 struct nbdhost_result
 nbdhost_call_handle_int (nbdhost_ctx ctx, void *fn, void *handle)
 {
-  CALL (ctx, -1, int (*) (void *), fn, handle);
+  CALL (ctx, NBDHOST_HANDSHAKE, int (*) (void *), fn, handle);
 }
 
 struct nbdhost_result
 nbdhost_call_handle_int64 (nbdhost_ctx ctx, void *fn, void *handle)
 {
-  CALL (ctx, -1, int64_t (*) (void *), fn, handle);
+  CALL (ctx, NBDHOST_HANDSHAKE, int64_t (*) (void *), fn, handle);
 }
 
 struct nbdhost_result
@@ -161,7 +165,7 @@ nbdhost_call_block_size (nbdhost_ctx ctx, void *fn, void *handle)
   struct nbdhost_block_size b = { 0 };
   int ret;
 
-  enter (&f, ctx, -1);
+  enter (&f, ctx, NBDHOST_HANDSHAKE);
   ret = ((int (*) (void *, uint32_t *, uint32_t *, uint32_t *)) fn) (
       handle, &b.minimum, &b.preferred, &b.maximum);
   b.r = leave (&f, ret, NULL, ret < 0);
@@ -260,4 +264,226 @@ nbdhost_call_zero_v1 (nbdhost_ctx ctx, int worker, void *fn, void *handle,
 {
   CALL (ctx, worker, int (*) (void *, uint32_t, uint64_t, int), fn, handle,
         count, offset, may_trim);
+}
+
+/* ---- filters ---- */
+
+/* Call a data callback of a filter, which gives its error in *err. */
+#define CALL_ERR(ctx, worker, type, fn, ...)                    \
+  do {                                                          \
+    struct nbdhost_frame f;                                     \
+    struct nbdhost_result r;                                    \
+    int err = 0, ret;                                           \
+    enter (&f, ctx, worker);                                    \
+    ret = ((type) fn) (__VA_ARGS__, &err);                      \
+    r = leave (&f, ret, NULL, ret < 0);                         \
+    if (ret < 0 && err != 0)                                    \
+      r.err = err;                                              \
+    return r;                                                   \
+  } while (0)
+
+typedef struct nbdkit_backend *backend;
+
+struct nbdhost_result
+nbdhost_filter_config (void *fn, backend b, const char *key, const char *value)
+{
+  CALL (NULL, NBDHOST_HANDSHAKE,
+        int (*) (int (*) (backend, const char *, const char *), backend,
+                 const char *, const char *),
+        fn, nbdhost_next_config, b, key, value);
+}
+
+struct nbdhost_result
+nbdhost_filter_config_complete (void *fn, backend b)
+{
+  CALL (NULL, NBDHOST_HANDSHAKE, int (*) (int (*) (backend), backend), fn,
+        nbdhost_next_config_complete, b);
+}
+
+struct nbdhost_result
+nbdhost_filter_model (void *fn, int model)
+{
+  CALL (NULL, NBDHOST_HANDSHAKE, int (*) (int), fn, model);
+}
+
+struct nbdhost_result
+nbdhost_filter_after_fork (void *fn, backend b)
+{
+  CALL (NULL, NBDHOST_HANDSHAKE, int (*) (backend), fn, b);
+}
+
+void
+nbdhost_filter_cleanup (void *fn, backend b)
+{
+  struct nbdhost_frame f;
+
+  enter (&f, NULL, NBDHOST_HANDSHAKE);
+  ((void (*) (backend)) fn) (b);
+  leave (&f, 0, NULL, false);
+}
+
+struct nbdhost_result
+nbdhost_filter_preconnect (nbdhost_ctx ctx, void *fn, backend b, int readonly)
+{
+  CALL (ctx, NBDHOST_HANDSHAKE, int (*) (int (*) (backend, int), backend, int),
+        fn, nbdhost_next_preconnect, b, readonly);
+}
+
+/* ptr: as that of nbdhost_call_list_exports. */
+struct nbdhost_result
+nbdhost_filter_list_exports (nbdhost_ctx ctx, void *fn, backend b,
+                             int readonly, int is_tls)
+{
+  struct nbdhost_frame f;
+  struct nbdkit_exports *exports;
+  int ret = -1;
+
+  enter (&f, ctx, NBDHOST_HANDSHAKE);
+  exports = nbdkit_exports_new ();
+  if (exports == NULL)
+    nbdkit_set_error (ENOMEM);
+  else
+    ret = ((int (*) (int (*) (backend, int, struct nbdkit_exports *), backend,
+                     int, int, struct nbdkit_exports *)) fn) (
+        nbdhost_next_list_exports, b, readonly, is_tls, exports);
+  return leave (&f, ret, exports, ret < 0);
+}
+
+struct nbdhost_result
+nbdhost_filter_default_export (nbdhost_ctx ctx, void *fn, backend b,
+                               int readonly, int is_tls)
+{
+  CALL_PTR (ctx,
+            const char *(*) (const char *(*) (backend, int), backend, int, int),
+            fn, nbdhost_next_default_export, b, readonly, is_tls);
+}
+
+struct nbdhost_result
+nbdhost_filter_open (nbdhost_ctx ctx, int worker, void *fn,
+                     struct nbdkit_context *context, int readonly,
+                     const char *exportname, int is_tls)
+{
+  struct nbdhost_frame f;
+  void *ptr;
+
+  enter (&f, ctx, worker);
+  ptr = ((void *(*) (int (*) (struct nbdkit_context *, int, const char *),
+                     struct nbdkit_context *, int, const char *, int)) fn) (
+      nbdhost_next_open, context, readonly, exportname, is_tls);
+  return leave (&f, 0, ptr, ptr == NULL);
+}
+
+void
+nbdhost_filter_close (nbdhost_ctx ctx, int worker, void *fn, void *handle)
+{
+  struct nbdhost_frame f;
+
+  enter (&f, ctx, worker);
+  ((void (*) (void *)) fn) (handle);
+  leave (&f, 0, NULL, false);
+}
+
+struct nbdhost_result
+nbdhost_filter_prepare (nbdhost_ctx ctx, int worker, void *fn,
+                        nbdhost_next next, void *handle, int readonly)
+{
+  CALL (ctx, worker, int (*) (nbdhost_next, void *, int), fn, next, handle,
+        readonly);
+}
+
+struct nbdhost_result
+nbdhost_filter_int (nbdhost_ctx ctx, int worker, void *fn, nbdhost_next next,
+                    void *handle)
+{
+  CALL (ctx, worker, int (*) (nbdhost_next, void *), fn, next, handle);
+}
+
+struct nbdhost_result
+nbdhost_filter_int64 (nbdhost_ctx ctx, int worker, void *fn, nbdhost_next next,
+                      void *handle)
+{
+  CALL (ctx, worker, int64_t (*) (nbdhost_next, void *), fn, next, handle);
+}
+
+struct nbdhost_result
+nbdhost_filter_string (nbdhost_ctx ctx, int worker, void *fn,
+                       nbdhost_next next, void *handle)
+{
+  struct nbdhost_frame f;
+  void *ptr;
+
+  enter (&f, ctx, worker);
+  ptr = (void *) ((const char *(*) (nbdhost_next, void *)) fn) (next, handle);
+  return leave (&f, 0, ptr, ptr == NULL);
+}
+
+struct nbdhost_block_size
+nbdhost_filter_block_size (nbdhost_ctx ctx, int worker, void *fn,
+                           nbdhost_next next, void *handle)
+{
+  struct nbdhost_frame f;
+  struct nbdhost_block_size b = { 0 };
+  int ret;
+
+  enter (&f, ctx, worker);
+  ret = ((int (*) (nbdhost_next, void *, uint32_t *, uint32_t *,
+                   uint32_t *)) fn) (next, handle, &b.minimum, &b.preferred,
+                                     &b.maximum);
+  b.r = leave (&f, ret, NULL, ret < 0);
+  return b;
+}
+
+struct nbdhost_result
+nbdhost_filter_io (nbdhost_ctx ctx, int worker, void *fn, nbdhost_next next,
+                   void *handle, void *buf, uint32_t count, uint64_t offset,
+                   uint32_t flags)
+{
+  CALL_ERR (ctx, worker,
+            int (*) (nbdhost_next, void *, void *, uint32_t, uint64_t,
+                     uint32_t, int *),
+            fn, next, handle, buf, count, offset, flags);
+}
+
+struct nbdhost_result
+nbdhost_filter_flush (nbdhost_ctx ctx, int worker, void *fn, nbdhost_next next,
+                      void *handle, uint32_t flags)
+{
+  CALL_ERR (ctx, worker, int (*) (nbdhost_next, void *, uint32_t, int *), fn,
+            next, handle, flags);
+}
+
+struct nbdhost_result
+nbdhost_filter_range (nbdhost_ctx ctx, int worker, void *fn, nbdhost_next next,
+                      void *handle, uint32_t count, uint64_t offset,
+                      uint32_t flags)
+{
+  CALL_ERR (
+      ctx, worker,
+      int (*) (nbdhost_next, void *, uint32_t, uint64_t, uint32_t, int *), fn,
+      next, handle, count, offset, flags);
+}
+
+/* ptr: as that of nbdhost_call_extents. */
+struct nbdhost_result
+nbdhost_filter_extents (nbdhost_ctx ctx, int worker, void *fn,
+                        nbdhost_next next, void *handle, uint32_t count,
+                        uint64_t offset, uint32_t flags)
+{
+  struct nbdhost_frame f;
+  struct nbdhost_result r;
+  struct nbdkit_extents *extents;
+  int err = 0, ret = -1;
+
+  enter (&f, ctx, worker);
+  extents = nbdkit_extents_new (offset, INT64_MAX);
+  if (extents == NULL)
+    err = errno;
+  else
+    ret = ((int (*) (nbdhost_next, void *, uint32_t, uint64_t, uint32_t,
+                     struct nbdkit_extents *, int *)) fn) (
+        next, handle, count, offset, flags, extents, &err);
+  r = leave (&f, ret, extents, ret < 0);
+  if (ret < 0 && err != 0)
+    r.err = err;
+  return r;
 }

@@ -175,7 +175,11 @@ type Export struct {
 
 // CallListExports calls .list_exports. A Default entry comes last.
 func CallListExports(ctx *Context, fn unsafe.Pointer, readonly, tls bool) ([]Export, Result) {
-	res := result(C.nbdhost_call_list_exports(ctx.ptr(), fn, cbool(readonly), cbool(tls)))
+	return exportList(C.nbdhost_call_list_exports(ctx.ptr(), fn, cbool(readonly), cbool(tls)))
+}
+
+func exportList(r C.struct_nbdhost_result) ([]Export, Result) {
+	res := result(r)
 	list := (*C.struct_nbdkit_exports)(res.Ptr)
 	res.Ptr = nil
 	if list == nil {
@@ -272,7 +276,11 @@ type Extent struct {
 // of them. They may reach beyond the range, and even the disk: the caller cuts
 // them. On success there may be none: that is the module's error.
 func CallExtents(ctx *Context, worker int, fn, handle unsafe.Pointer, count uint32, offset uint64, flags uint32, dst []Extent) ([]Extent, Result) {
-	res := result(C.nbdhost_call_extents(ctx.ptr(), C.int(worker), fn, handle, C.uint32_t(count), C.uint64_t(offset), C.uint32_t(flags)))
+	return extentList(C.nbdhost_call_extents(ctx.ptr(), C.int(worker), fn, handle, C.uint32_t(count), C.uint64_t(offset), C.uint32_t(flags)), dst)
+}
+
+func extentList(r C.struct_nbdhost_result, dst []Extent) ([]Extent, Result) {
+	res := result(r)
 	list := (*C.struct_nbdkit_extents)(res.Ptr)
 	res.Ptr = nil
 	if list == nil {

@@ -115,8 +115,11 @@ nbdkit_export_name (void)
 int
 nbdkit_is_tls (void)
 {
-  struct nbdhost_conn *conn = need_conn ("get TLS status");
+  struct nbdhost_conn *conn = nbdhost_current_conn ();
 
+  if (conn == NULL && nbdhost_frame && nbdhost_frame->ctx)
+    return 0; /* a session that a filter shares among connections */
+  conn = need_conn ("get TLS status");
   return conn ? conn->tls : -1;
 }
 

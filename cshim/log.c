@@ -15,13 +15,19 @@ static void
 emit (int level, char *text)
 {
   struct nbdhost_frame *f = nbdhost_frame;
-  struct nbdhost_conn *conn = nbdhost_current_conn ();
+  int worker = f ? f->worker : NBDHOST_FOREIGN;
+  /* A line of a module's own thread names no connection, even if the thread
+   * makes calls on behalf of one. */
+  struct nbdhost_conn *conn =
+    worker == NBDHOST_FOREIGN ? NULL : nbdhost_current_conn ();
   const char *name = nbdhost_settings.name;
   char *line;
   int n;
 
   if (nbdhost_in_server ()) {
-    nbdhost_go_log (level, conn ? conn->id : 0, f ? f->worker : -1, text);
+    nbdhost_go_log (level, conn ? conn->id : 0,
+                    worker == NBDHOST_FOREIGN ? NBDHOST_HANDSHAKE : worker,
+                    text);
     return;
   }
   n = asprintf (&line, "%s: %s: %s\n", name ? name : "nbdkit",

@@ -37,13 +37,16 @@ struct nbdhost_context {
   int errno_is_preserved;
 };
 
+/* Workers of a frame, and of a request of a thread without one. */
+enum { NBDHOST_HANDSHAKE = -1, NBDHOST_FOREIGN = -2 };
+
 /* One call into a module. Frames live on the C stack, innermost first; a call
  * made from inside a callback pushes its own, so the outer one is intact
  * when it returns. Frames are per thread: a module's own threads have none.
  */
 struct nbdhost_frame {
   const struct nbdhost_context *ctx;
-  int worker;                  /* -1: handshake, open, close */
+  int worker;                  /* or NBDHOST_HANDSHAKE */
   int error;                   /* nbdkit_set_error's value, 0: not called */
   char *message;               /* last nbdkit_error, NULL: none */
   struct nbdhost_frame *outer;
@@ -106,6 +109,51 @@ enum { NBDHOST_LEVEL_ERROR = 0, NBDHOST_LEVEL_DEBUG = 1 };
 extern void nbdhost_go_log (int level, uint64_t conn, int worker, char *text);
 extern void nbdhost_go_shutdown (void);
 extern void nbdhost_go_disconnect (uint64_t conn, int force);
+
+/* What a filter asks of the layers below. Which of the arguments and results
+ * count depends on op. Texts are the caller's in both directions.
+ */
+enum nbdhost_op {
+  /* of a backend */
+  NBDHOST_CONFIG, NBDHOST_CONFIG_COMPLETE, NBDHOST_PRECONNECT,
+  NBDHOST_LIST_EXPORTS, NBDHOST_DEFAULT_EXPORT, NBDHOST_CONTEXT_OPEN,
+  /* of a context */
+  NBDHOST_OPEN, NBDHOST_SET_NEXT,
+  /* of a next */
+  NBDHOST_PREPARE, NBDHOST_FINALIZE, NBDHOST_CLOSE,
+  NBDHOST_GET_SIZE, NBDHOST_EXPORT_DESCRIPTION, NBDHOST_BLOCK_SIZE,
+  NBDHOST_CAN_WRITE, NBDHOST_CAN_FLUSH, NBDHOST_IS_ROTATIONAL,
+  NBDHOST_CAN_TRIM, NBDHOST_CAN_ZERO, NBDHOST_CAN_FAST_ZERO,
+  NBDHOST_CAN_EXTENTS, NBDHOST_CAN_FUA, NBDHOST_CAN_MULTI_CONN,
+  NBDHOST_CAN_CACHE,
+  NBDHOST_PREAD, NBDHOST_PWRITE, NBDHOST_FLUSH, NBDHOST_TRIM, NBDHOST_ZERO,
+  NBDHOST_EXTENTS, NBDHOST_CACHE,
+};
+
+struct nbdhost_request {
+  enum nbdhost_op op;
+  int worker;                  /* of the thread that asks */
+  uint64_t conn;               /* of the thread that asks, 0: none */
+  uint64_t id;                 /* the handle of what is asked */
+  uint64_t next;               /* set_next: 0 for NULL */
+  const char *key, *value;     /* config; an export's name in value */
+  int readonly, shared;
+  void *buf;
+  uint32_t count;
+  uint64_t offset;
+  uint32_t flags;
+  void *list;                  /* struct nbdkit_exports, struct nbdkit_extents */
+
+  int64_t ret;                 /* negative: failed */
+  int err;                     /* if it failed */
+  char *text;                  /* malloc'd: the answer, or the error's message */
+  void *ptr;
+  uint32_t minimum, preferred, maximum;
+};
+
+extern void nbdhost_go_backend (struct nbdhost_request *);
+extern void nbdhost_go_context (struct nbdhost_request *);
+extern void nbdhost_go_next (struct nbdhost_request *);
 
 /* ---- calls into modules (call.c) ---- */
 
@@ -174,6 +222,93 @@ struct nbdhost_result nbdhost_call_trim_v1 (nbdhost_ctx, int worker, void *fn,
 struct nbdhost_result nbdhost_call_zero_v1 (nbdhost_ctx, int worker, void *fn,
                                             void *handle, uint32_t count,
                                             uint64_t offset, int may_trim);
+
+/* ---- calls into filters (call.c) ---- */
+
+struct nbdkit_backend;
+struct nbdkit_context;
+struct nbdkit_next_ops;
+typedef struct nbdkit_next_ops *nbdhost_next;
+
+struct nbdhost_result nbdhost_filter_config (void *fn, struct nbdkit_backend *,
+                                             const char *key,
+                                             const char *value);
+struct nbdhost_result nbdhost_filter_config_complete (void *fn,
+                                                      struct nbdkit_backend *);
+/* .thread_model, .get_ready */
+struct nbdhost_result nbdhost_filter_model (void *fn, int model);
+struct nbdhost_result nbdhost_filter_after_fork (void *fn,
+                                                 struct nbdkit_backend *);
+void nbdhost_filter_cleanup (void *fn, struct nbdkit_backend *);
+struct nbdhost_result nbdhost_filter_preconnect (nbdhost_ctx, void *fn,
+                                                 struct nbdkit_backend *,
+                                                 int readonly);
+struct nbdhost_result nbdhost_filter_list_exports (nbdhost_ctx, void *fn,
+                                                   struct nbdkit_backend *,
+                                                   int readonly, int is_tls);
+struct nbdhost_result nbdhost_filter_default_export (nbdhost_ctx, void *fn,
+                                                     struct nbdkit_backend *,
+                                                     int readonly, int is_tls);
+struct nbdhost_result nbdhost_filter_open (nbdhost_ctx, int worker, void *fn,
+                                           struct nbdkit_context *,
+                                           int readonly, const char *exportname,
+                                           int is_tls);
+void nbdhost_filter_close (nbdhost_ctx, int worker, void *fn, void *handle);
+struct nbdhost_result nbdhost_filter_prepare (nbdhost_ctx, int worker,
+                                              void *fn, nbdhost_next,
+                                              void *handle, int readonly);
+/* .finalize, .can_*, .is_rotational */
+struct nbdhost_result nbdhost_filter_int (nbdhost_ctx, int worker, void *fn,
+                                          nbdhost_next, void *handle);
+struct nbdhost_result nbdhost_filter_int64 (nbdhost_ctx, int worker, void *fn,
+                                            nbdhost_next, void *handle);
+struct nbdhost_result nbdhost_filter_string (nbdhost_ctx, int worker, void *fn,
+                                             nbdhost_next, void *handle);
+struct nbdhost_block_size nbdhost_filter_block_size (nbdhost_ctx, int worker,
+                                                     void *fn, nbdhost_next,
+                                                     void *handle);
+/* .pread, .pwrite */
+struct nbdhost_result nbdhost_filter_io (nbdhost_ctx, int worker, void *fn,
+                                         nbdhost_next, void *handle, void *buf,
+                                         uint32_t count, uint64_t offset,
+                                         uint32_t flags);
+struct nbdhost_result nbdhost_filter_flush (nbdhost_ctx, int worker, void *fn,
+                                            nbdhost_next, void *handle,
+                                            uint32_t flags);
+/* .trim, .zero, .cache */
+struct nbdhost_result nbdhost_filter_range (nbdhost_ctx, int worker, void *fn,
+                                            nbdhost_next, void *handle,
+                                            uint32_t count, uint64_t offset,
+                                            uint32_t flags);
+struct nbdhost_result nbdhost_filter_extents (nbdhost_ctx, int worker,
+                                              void *fn, nbdhost_next,
+                                              void *handle, uint32_t count,
+                                              uint64_t offset, uint32_t flags);
+
+/* ---- what filters call (filter.c) ---- */
+
+struct nbdkit_exports;
+struct nbdkit_extent;
+struct nbdkit_extents;
+
+struct nbdkit_backend *nbdhost_backend_new (uint64_t id);
+struct nbdkit_context *nbdhost_filter_context_new (uint64_t id,
+                                                   struct nbdkit_backend *);
+nbdhost_next nbdhost_next_new (uint64_t id, bool block_size, bool extents64);
+void nbdhost_filter_object_free (void *); /* any of the three */
+
+int nbdhost_next_config (struct nbdkit_backend *, const char *key,
+                         const char *value);
+int nbdhost_next_config_complete (struct nbdkit_backend *);
+int nbdhost_next_preconnect (struct nbdkit_backend *, int readonly);
+int nbdhost_next_list_exports (struct nbdkit_backend *, int readonly,
+                               struct nbdkit_exports *);
+const char *nbdhost_next_default_export (struct nbdkit_backend *,
+                                         int readonly);
+int nbdhost_next_open (struct nbdkit_context *, int readonly,
+                       const char *exportname);
+int nbdhost_extents_append (struct nbdkit_extents *,
+                            const struct nbdkit_extent *, size_t n);
 
 /* ---- lists (lists.c) ---- */
 
@@ -285,10 +420,6 @@ PUBLIC int nbdkit_add_export (struct nbdkit_exports *, const char *name,
 PUBLIC int nbdkit_use_default_export (struct nbdkit_exports *);
 
 /* For filters (filter.c). */
-struct nbdkit_backend;
-struct nbdkit_context;
-struct nbdkit_next_ops;
-
 PUBLIC struct nbdkit_extents *nbdkit_extents_full (struct nbdkit_next_ops *,
                                                    uint32_t count,
                                                    uint64_t offset,

@@ -35,23 +35,23 @@ func ParseDebugFlag(s string) (DebugFlag, error) {
 	return DebugFlag{Module: module, Flag: flag, Value: int32(n)}, nil
 }
 
-// ApplyDebugFlags sets those of flags that name this plugin: for FLAG the int
+// ApplyDebugFlags sets those of flags that name this module: for FLAG the int
 // variable NAME_debug_FLAG of the library, where "." in FLAG stands for "_". It
 // must come before .load. A flag without a variable is worth a warning only,
 // because which there are changes from release to release.
-func (p *Plugin) ApplyDebugFlags(flags []DebugFlag) (warnings []string) {
+func (m *module) ApplyDebugFlags(flags []DebugFlag) (warnings []string) {
 	for i := range flags {
 		f := &flags[i]
-		if f.Module != p.name {
+		if f.Module != m.name {
 			continue
 		}
 		f.used = true
-		symbol := p.name + "_debug_" + strings.ReplaceAll(f.Flag, ".", "_")
-		if v := (*int32)(p.lib.lookup(symbol)); v != nil {
+		symbol := m.name + "_debug_" + strings.ReplaceAll(f.Flag, ".", "_")
+		if v := (*int32)(m.lib.lookup(symbol)); v != nil {
 			*v = f.Value
 		} else {
 			warnings = append(warnings, fmt.Sprintf("-D %s.%s: %s does not contain a global variable called %s",
-				f.Module, f.Flag, p.name, symbol))
+				f.Module, f.Flag, m.name, symbol))
 		}
 	}
 	return warnings

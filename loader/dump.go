@@ -4,11 +4,13 @@ import (
 	"bufio"
 	"fmt"
 	"io"
-	"strings"
 
 	"nbdhost/backend"
-	"nbdhost/cshim"
 )
+
+// Dump lets a filter write what it has to say when --dump-plugin is used. It prints
+// to C's standard output.
+func (f *Filter) Dump() { f.dump() }
 
 // Dump writes what PLUGIN --dump-plugin prints, key=value lines which programs
 // parse (nbdkit-probing(1)), and then calls .dump_plugin, which prints to C's standard
@@ -58,10 +60,7 @@ func (p *Plugin) Dump(w io.Writer, model backend.ThreadModel) error {
 	if err := b.Flush(); err != nil {
 		return err
 	}
-	if p.Has(backend.DumpPlugin) {
-		cshim.CallVoid(nil, p.fn[backend.DumpPlugin])
-		flushC()
-	}
+	p.dump()
 	return nil
 }
 
@@ -72,20 +71,4 @@ func hasV1(cb backend.Callback) bool {
 		return true
 	}
 	return false
-}
-
-// Help returns what PLUGIN --help adds to the program's own help.
-func (p *Plugin) Help() string {
-	var b strings.Builder
-	fmt.Fprintf(&b, "plugin: %s", p.name)
-	if p.longName != "" {
-		fmt.Fprintf(&b, " (%s)", p.longName)
-	}
-	fmt.Fprintf(&b, "\n(%s)\n", p.path)
-	for _, text := range []string{p.description, p.configHelp} {
-		if text != "" {
-			b.WriteString(strings.TrimSuffix(text, "\n") + "\n")
-		}
-	}
-	return b.String()
 }

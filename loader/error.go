@@ -24,11 +24,13 @@ var (
 	ErrNotFound        = errors.New("not found")
 	ErrNotELF          = errors.New("not a shared library for this machine")
 	ErrNotModule       = errors.New("not a plugin")
+	ErrNotFilter       = errors.New("not a filter")
 	ErrMissingLibrary  = errors.New("a library that it needs is missing")
 	ErrMissingSymbol   = errors.New("missing symbol")
 	ErrStaticTLS       = errors.New("no memory left for thread-local variables of libraries")
 	ErrVersion         = abi.ErrAPIVersion
+	ErrFilterRelease   = abi.ErrFilterRelease
 	ErrMissingCallback = errors.New("missing callback")
-	ErrInvalid         = errors.New("invalid struct nbdkit_plugin")
+	ErrInvalid         = errors.New("invalid struct of the module")
 	ErrStructSize      = abi.ErrStructSize
 )

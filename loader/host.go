@@ -23,6 +23,7 @@ type Host struct {
 
 // Init prepares the process for modules. It comes before anything else here, once.
 func Init(h Host) error {
+	hostLog = h.Log
 	cshim.SetHost(cshim.Host{
 		Log: func(level cshim.Level, conn uint64, worker int, text string) {
 			if h.Log == nil {
@@ -67,21 +68,25 @@ var conns struct {
 }
 
 func disconnect(id uint64, force bool) {
-	conns.mu.Lock()
-	c := conns.byID[id]
-	conns.mu.Unlock()
-	if c != nil && c.Disconnect != nil {
+	if c := connByID(id); c != nil && c.Disconnect != nil {
 		c.Disconnect(force)
 	}
 }
 
+// connByID returns the connection with that number, nil if modules know none.
+func connByID(id uint64) *backend.Conn {
+	conns.mu.Lock()
+	defer conns.mu.Unlock()
+	return conns.byID[id]
+}
+
 // shimConn returns the C side of a connection in step with c.Conn, and makes it on
-// the connection's first call. Only calls of the handshake, which one goroutine
-// makes, use it; it is nil for a call on behalf of no connection.
+// the connection's first call, which is one of the handshake. It is nil for a call
+// on behalf of no connection.
 func shimConn(c *backend.Call) *cshim.Conn {
 	conn := c.Conn
-	if conn == nil {
-		return nil
+	if conn == nil || conn.ID == 0 {
+		return nil // no client's
 	}
 	s, ok := conn.Local.(*cshim.Conn)
 	if !ok {

@@ -16,17 +16,12 @@ const errNotFast = syscall.EOPNOTSUPP
 
 // A Plugin is a plugin that has been loaded and checked.
 type Plugin struct {
-	path string
-	lib  library
-	raw  abi.Plugin
-	v1   bool // the data callbacks have no flags
-	// fn holds the callbacks; those of version 1 stand where their successors do.
-	fn [backend.Cache + 1]unsafe.Pointer
+	module // in fn, callbacks of version 1 stand where their successors do
+	raw    abi.Plugin
+	v1     bool // the data callbacks have no flags
 
-	name, longName, version, description string
-	configHelp, magicConfigKey           string
-
-	opened sync.Once
+	magicConfigKey string
+	opened         sync.Once
 }
 
 var _ backend.Backend = (*Plugin)(nil)
@@ -34,7 +29,7 @@ var _ backend.Backend = (*Plugin)(nil)
 // Open loads the plugin in the shared library at path and checks it. The code in
 // the library runs from here on. Errors are of type [*Error].
 func Open(path string) (*Plugin, error) {
-	p := &Plugin{path: path}
+	p := &Plugin{module: module{kind: PluginKind, path: path}}
 	if err := p.open(); err != nil {
 		return nil, &Error{Op: "open plugin", Path: path, Err: err}
 	}
@@ -113,50 +108,6 @@ func (p *Plugin) check() error {
 	return nil
 }
 
-func checkName(name string) error {
-	if name == "" {
-		return fmt.Errorf("%w: .name is empty: need a name such as \"file\"", ErrInvalid)
-	}
-	for i, r := range []byte(name) {
-		alnum := r >= '0' && r <= '9' || r >= 'A' && r <= 'Z' || r >= 'a' && r <= 'z'
-		if !alnum && (r != '-' || i == 0) {
-			return fmt.Errorf("%w: got .name %q, need ASCII letters, digits and, after the first, dashes", ErrInvalid, name)
-		}
-	}
-	return nil
-}
-
-// outcome turns a failed call into an error. What the module said with
-// nbdkit_error has been logged.
-func (p *Plugin) outcome(cb backend.Callback, r cshim.Result) error {
-	if r.Ret >= 0 {
-		return nil
-	}
-	return p.failure(cb, r)
-}
-
-func (p *Plugin) failure(cb backend.Callback, r cshim.Result) error {
-	return &backend.Error{Module: p.name, Op: cb.String(), Errno: r.Errno, Msg: r.Msg}
-}
-
-// Path returns the path that the plugin was opened with.
-func (p *Plugin) Path() string { return p.path }
-
-// Name returns the plugin's own name, such as "file".
-func (p *Plugin) Name() string { return p.name }
-
-// LongName returns the plugin's long name, or "".
-func (p *Plugin) LongName() string { return p.longName }
-
-// Version returns the plugin's version, or "".
-func (p *Plugin) Version() string { return p.version }
-
-// Description returns what the plugin is for, or "".
-func (p *Plugin) Description() string { return p.description }
-
-// ConfigHelp returns the lines that describe the plugin's parameters, or "".
-func (p *Plugin) ConfigHelp() string { return p.configHelp }
-
 // MagicConfigKey returns the key of a parameter that is given without one, or "".
 func (p *Plugin) MagicConfigKey() string { return p.magicConfigKey }
 
@@ -170,13 +121,6 @@ func (p *Plugin) ThreadModel() backend.ThreadModel { return backend.ThreadModel(
 
 // The life cycle.
 
-func (p *Plugin) Load() {
-	cshim.SaveSignals()
-	defer cshim.RestoreSignals()
-	cshim.CallVoid(nil, p.fn[backend.Load])
-}
-
-func (p *Plugin) Unload()  { cshim.CallVoid(nil, p.fn[backend.Unload]) }
 func (p *Plugin) Cleanup() { cshim.CallVoid(nil, p.fn[backend.Cleanup]) }
 
 func (p *Plugin) Config(key, value string) error {
@@ -235,6 +179,12 @@ func (p *Plugin) listExports(c *backend.Call, readonly bool) (list []backend.Exp
 	if err := p.outcome(backend.ListExports, r); err != nil {
 		return nil, false, err
 	}
+	list, useDefault = exportList(exports)
+	return list, useDefault, nil
+}
+
+// exportList takes the default export, if it is among them, out of exports.
+func exportList(exports []cshim.Export) (list []backend.Export, useDefault bool) {
 	for _, e := range exports {
 		if e.Default {
 			useDefault = true
@@ -242,7 +192,7 @@ func (p *Plugin) listExports(c *backend.Call, readonly bool) (list []backend.Exp
 		}
 		list = append(list, backend.Export{Name: e.Name, Description: e.Description})
 	}
-	return list, useDefault, nil
+	return list, useDefault
 }
 
 func (p *Plugin) DefaultExport(c *backend.Call, readonly bool) (name string, ok bool) {

@@ -110,7 +110,6 @@ after_fork
 [7.-1] preconnect readonly=1 tls=0
 [7.-1] list_exports readonly=0 tls=1
 [7.-1] default_export tls=1
-[7.-1] default_export tls=1
 [7.-1] open readonly=1 export=main tls=1
 [7.-1] block_size
 [7.-1] close main

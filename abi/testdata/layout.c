@@ -1,24 +1,42 @@
-/* Prints the offset and size of every member of struct nbdkit_plugin, and the
- * constants, from the nbdkit header that it is compiled with.
+/* Prints the offset and size of every member of struct nbdkit_plugin, or with
+ * -DFILTER of struct nbdkit_filter, and the constants, from the nbdkit header that it
+ * is compiled with. -DDUMP_PLUGIN: filters have .dump_plugin.
  */
 #include <stddef.h>
 #include <stdio.h>
 
 #ifdef FILTER
 #include <nbdkit-filter.h>
+#define STRUCT struct nbdkit_filter
 #else
 #include <nbdkit-plugin.h>
+#define STRUCT struct nbdkit_plugin
 #endif
 
 #define C(name) printf ("%s %d\n", #name, (int) NBDKIT_##name);
 #define F(name)                                                         \
-  printf ("%s %zu %zu\n", #name, offsetof (struct nbdkit_plugin, name), \
-          sizeof (((struct nbdkit_plugin *) 0)->name));
+  printf ("%s %zu %zu\n", #name, offsetof (STRUCT, name), \
+          sizeof (((STRUCT *) 0)->name));
 
 int
 main (void)
 {
 #ifdef FILTER
+  F (_api_version) F (_version)
+  F (name) F (longname) F (description) F (load) F (unload)
+  F (config) F (config_complete) F (config_help) F (thread_model)
+#ifdef DUMP_PLUGIN
+  F (dump_plugin)
+#endif
+  F (get_ready) F (after_fork) F (cleanup)
+  F (preconnect) F (list_exports) F (default_export)
+  F (open) F (close) F (prepare) F (finalize)
+  F (get_size) F (export_description) F (block_size)
+  F (can_write) F (can_flush) F (is_rotational) F (can_trim) F (can_zero)
+  F (can_fast_zero) F (can_extents) F (can_fua) F (can_multi_conn)
+  F (can_cache)
+  F (pread) F (pwrite) F (flush) F (trim) F (zero) F (extents) F (cache)
+  printf ("sizeof %zu 0\n", sizeof (STRUCT));
   C (ZERO_NONE) C (ZERO_EMULATE) C (ZERO_NATIVE)
 #else
   F (_struct_size) F (_api_version) F (_thread_model)
@@ -38,7 +56,7 @@ main (void)
   F (preconnect) F (get_ready) F (after_fork) F (list_exports)
   F (default_export) F (export_description) F (cleanup)
   F (block_size)
-  printf ("sizeof %zu 0\n", sizeof (struct nbdkit_plugin));
+  printf ("sizeof %zu 0\n", sizeof (STRUCT));
   C (THREAD_MODEL_SERIALIZE_CONNECTIONS)
   C (THREAD_MODEL_SERIALIZE_ALL_REQUESTS)
   C (THREAD_MODEL_SERIALIZE_REQUESTS)

@@ -271,7 +271,7 @@ func runChecks(o *options, names []string, pipe io.Writer, out *logHandler) (int
 		return p, nil
 	}
 	s.Start = func() (*backend.Chain, error) {
-		chain = backend.NewChain(plugin, log, setDebugFlags(plugin, o.debug, log))
+		chain = backend.NewChain(plugin, log, setDebugFlags(o.debug, log, plugin))
 		return chain, life.start(chain, plugin.MagicConfigKey(), args)
 	}
 	s.Serving = func(serve func()) {

@@ -135,6 +135,21 @@ func listRow(kind loader.Kind, name string, o *options) [3]string {
 	return [3]string{name, d.Version, text}
 }
 
+func describeFilter(w io.Writer, o *options) error {
+	found, err := loader.Find(loader.FilterKind, o.filters[0], o.filterPath...)
+	if err != nil {
+		return err
+	}
+	f, err := loader.OpenFilter(found.Path, o.filterAnyRelease)
+	if err != nil {
+		return err
+	}
+	return json.NewEncoder(w).Encode(description{
+		Kind: loader.FilterKind.String(), Name: f.Name(), Version: f.Version(), LongName: f.LongName(),
+		Description: f.Description(), ConfigHelp: f.ConfigHelp(),
+	})
+}
+
 // describe writes a description of the plugin, or else of the filter, that the
 // command line names.
 func describe(w io.Writer, o *options) error {
@@ -142,7 +157,7 @@ func describe(w io.Writer, o *options) error {
 		return err
 	}
 	if len(o.args) == 0 {
-		return errors.New("describe filter: filters are not supported yet")
+		return describeFilter(w, o)
 	}
 	found, err := loader.Find(loader.PluginKind, o.args[0], o.pluginPath...)
 	if err != nil {

@@ -50,7 +50,11 @@ type options struct {
 
 	// The module.
 	pluginPath []string
-	debug      []loader.DebugFlag
+	filterPath []string
+	filters    []string // outermost first
+	// filterAnyRelease accepts filters of later releases than any known.
+	filterAnyRelease bool
+	debug            []loader.DebugFlag
 
 	// The process.
 	foreground     bool
@@ -82,7 +86,7 @@ type options struct {
 // tlsOptions are those of TLS (nbdkit-tls(1)).
 type tlsOptions struct {
 	mode              string // one of those below
-	certificates, psk string // paths; "" for none
+	certificates, psk string // absolute paths; "" for none
 	priority          string
 	verifyPeer        bool
 }
@@ -168,10 +172,11 @@ var optionTable = []option{
 			o.threads = int(n)
 			return nil
 		}},
-	{groupServe, []string{"filter"}, "", "FILTER", "put a filter before the plugin (not supported yet)",
-		func(_ *options, v string) error {
-			return fmt.Errorf("got %q: filters are not supported yet; leave the option out", v)
-		}},
+	{groupServe, []string{"filter"}, "", "FILTER", "put a filter before the plugin; of several, the last is next to it",
+		func(o *options, v string) error { o.filters = append(o.filters, v); return nil }},
+	{groupServe, []string{"filter-path"}, "", "DIR[:DIR...]", "look for filters here first",
+		func(o *options, v string) error { o.filterPath = append(o.filterPath, v); return nil }},
+	{groupServe, []string{"filter-any-release"}, "", "", "try filters of nbdkit releases later than any known, at your\nown risk: they may crash the server or damage data", flag(func(o *options) *bool { return &o.filterAnyRelease })},
 	{groupServe, []string{"plugin-path"}, "", "DIR[:DIR...]", "look for plugins here first",
 		func(o *options, v string) error { o.pluginPath = append(o.pluginPath, v); return nil }},
 	{groupServe, []string{"no-sr", "no-structured-replies"}, "", "", "do not offer structured replies", flag(func(o *options) *bool { return &o.noSR })},
@@ -193,8 +198,10 @@ var optionTable = []option{
 
 	{groupTLS, []string{"tls"}, "", "MODE", "off, on (clients may use TLS) or require (they must)",
 		func(o *options, v string) (err error) { o.tls.mode, err = parseTLSMode(v); return err }},
-	{groupTLS, []string{"tls-certificates"}, "", "DIR", "take certificates and keys from this directory", text(func(o *options) *string { return &o.tls.certificates })},
-	{groupTLS, []string{"tls-psk"}, "", "FILE", "take the clients' names and keys from FILE (psktool(1))", text(func(o *options) *string { return &o.tls.psk })},
+	{groupTLS, []string{"tls-certificates"}, "", "DIR", "take certificates and keys from this directory",
+		func(o *options, v string) (err error) { o.tls.certificates, err = absolute(v); return err }},
+	{groupTLS, []string{"tls-psk"}, "", "FILE", "take the clients' names and keys from FILE (psktool(1))",
+		func(o *options, v string) (err error) { o.tls.psk, err = absolute(v); return err }},
 	{groupTLS, []string{"tls-priority"}, "", "PRIORITY", "which ciphers may be used (GnuTLS's priority string)", text(func(o *options) *string { return &o.tls.priority })},
 	{groupTLS, []string{"tls-verify-peer"}, "", "", "want a certificate of the client", flag(func(o *options) *bool { return &o.tls.verifyPeer })},
 
@@ -267,20 +274,6 @@ func text(field func(*options) *string) func(*options, string) error {
 
 func delay(field func(*options) *time.Duration) func(*options, string) error {
 	return func(o *options, v string) (err error) { *field(o), err = parseDelay(v); return err }
-}
-
-// haveTLS tells whether this server can do what the options of TLS say.
-const haveTLS = false
-
-// wanted tells whether clients are to be offered TLS.
-func (t *tlsOptions) wanted() bool {
-	switch t.mode {
-	case tlsUnset:
-		return t.certificates != "" || t.psk != ""
-	case tlsOff:
-		return false
-	}
-	return true
 }
 
 // parseTLSMode reads a value of --tls, a boolean or a word for require.
@@ -385,9 +378,6 @@ func (o *options) settle() error {
 		if _, err := net.LookupPort("tcp", o.port); !o.vsock && err != nil {
 			return fmt.Errorf("option --port: got %q: need a number from 0 to 65535 or the name of a service", o.port)
 		}
-	}
-	if o.tls.wanted() && !haveTLS {
-		return errors.New("got options of TLS: this server does not have it yet: give --tls=off, or leave them out")
 	}
 	o.foreground = o.foreground || o.inherited > 0
 	if o.captive && o.unix == "" && o.port == "" && !o.vsock {

@@ -78,7 +78,6 @@ func TestParseErrors(t *testing.T) {
 		{[]string{"-U", "/" + strings.Repeat("x", 107)}, "got a path of 108 bytes"},
 		{[]string{"-t", "-1"}, "need a number from 1 to 8192"},
 		{[]string{"-t", "8193"}, "need a number from 1 to 8192"},
-		{[]string{"--filter=cow"}, "filters are not supported yet"},
 		{[]string{"--tls=maybe"}, "need off, on or require"},
 		{[]string{"-p", ""}, "need a number or the name of a service"},
 		{[]string{"--vsock", "-p", "nbd"}, "need a number of 32 bits with --vsock"},

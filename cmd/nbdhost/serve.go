@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -70,11 +71,15 @@ func serve(o *options, start *starter, stdout io.Writer, out *logHandler) (int, 
 	}
 	log.Debug(fmt.Sprintf("registered plugin %s (name %s)", found.Path, plugin.Name()))
 	out.setModule(plugin.Name())
+	filters, err := openFilters(o, log)
+	if err != nil {
+		return 1, err
+	}
 	switch {
 	case o.help:
-		return 0, write(stdout, usage()+"\n"+plugin.Help())
+		return 0, write(stdout, usage()+helpText(plugin, filters))
 	case o.version:
-		return 0, write(stdout, strings.TrimSpace(versionText(os.Args[0])+"\n"+plugin.Name()+" "+plugin.Version())+"\n")
+		return 0, write(stdout, moduleVersions(plugin, filters))
 	}
 
 	args := o.args[1:]
@@ -84,17 +89,70 @@ func serve(o *options, start *starter, stdout io.Writer, out *logHandler) (int, 
 	if args, err = expandParameters(args); err != nil {
 		return 1, err
 	}
-	chain := backend.NewChain(plugin, log, setDebugFlags(plugin, o.debug, log))
+	chain := newChain(o, plugin, filters, log)
 	chain.Load()
-	code, err := serveLoaded(o, start, stdout, out, plugin, chain, args, who, &stop)
+	code, err := serveLoaded(o, start, stdout, out, plugin, filters, chain, args, who, &stop)
 	if code != statusStuck {
 		chain.Unload()
 	}
 	return code, err
 }
 
-// setDebugFlags sets the flags of the plugin and returns those of the server.
-func setDebugFlags(plugin *loader.Plugin, flags []loader.DebugFlag, log *slog.Logger) backend.Trace {
+// openFilters opens the filters, the one next to the plugin first, and returns them
+// with the outermost first.
+func openFilters(o *options, log *slog.Logger) ([]*loader.Filter, error) {
+	filters := make([]*loader.Filter, len(o.filters))
+	for i, name := range slices.Backward(o.filters) {
+		found, err := loader.Find(loader.FilterKind, name, o.filterPath...)
+		if err != nil {
+			return nil, err
+		}
+		log.Debug("registering filter " + found.Path)
+		f, err := loader.OpenFilter(found.Path, o.filterAnyRelease)
+		if err != nil {
+			return nil, err
+		}
+		log.Debug(fmt.Sprintf("registered filter %s (name %s)", found.Path, f.Name()))
+		filters[i] = f
+	}
+	return filters, nil
+}
+
+func newChain(o *options, plugin *loader.Plugin, filters []*loader.Filter, log *slog.Logger) *backend.Chain {
+	modules := []debuggable{plugin}
+	var layers []backend.Filter
+	for _, f := range filters {
+		modules = append(modules, f)
+		layers = append(layers, f)
+	}
+	return backend.NewChain(plugin, log, setDebugFlags(o.debug, log, modules...), layers...)
+}
+
+// helpText is what --help adds for the modules.
+func helpText(plugin *loader.Plugin, filters []*loader.Filter) string {
+	var b strings.Builder
+	for _, f := range filters {
+		b.WriteString("\n" + f.Help())
+	}
+	return b.String() + "\n" + plugin.Help()
+}
+
+// moduleVersions is the text of --version where a plugin is given.
+func moduleVersions(plugin *loader.Plugin, filters []*loader.Filter) string {
+	text := versionText(os.Args[0])
+	for _, f := range filters {
+		text += "\n" + f.Name() + " " + f.Version()
+	}
+	return strings.TrimSpace(text+"\n"+plugin.Name()+" "+plugin.Version()) + "\n"
+}
+
+// debuggable is a module with debug flags.
+type debuggable interface {
+	ApplyDebugFlags([]loader.DebugFlag) (warnings []string)
+}
+
+// setDebugFlags sets the flags of the modules and returns those of the server.
+func setDebugFlags(flags []loader.DebugFlag, log *slog.Logger, modules ...debuggable) backend.Trace {
 	trace := backend.Trace{Control: true, Data: true}
 	var ofModules []loader.DebugFlag
 	var warnings []string
@@ -117,7 +175,9 @@ func setDebugFlags(plugin *loader.Plugin, flags []loader.DebugFlag, log *slog.Lo
 			warnings = append(warnings, fmt.Sprintf("debug flag -D %s.%s was not used", f.Module, f.Flag))
 		}
 	}
-	warnings = append(warnings, plugin.ApplyDebugFlags(ofModules)...)
+	for _, m := range modules {
+		warnings = append(warnings, m.ApplyDebugFlags(ofModules)...)
+	}
 	for _, w := range append(warnings, loader.UnusedDebugFlags(ofModules)...) {
 		log.Warn(w)
 	}
@@ -126,7 +186,7 @@ func setDebugFlags(plugin *loader.Plugin, flags []loader.DebugFlag, log *slog.Lo
 
 // serveLoaded goes on from .load to the end of .cleanup.
 func serveLoaded(o *options, start *starter, stdout io.Writer, out *logHandler,
-	plugin *loader.Plugin, chain *backend.Chain, args []string, who identity, stop *stopper) (int, error) {
+	plugin *loader.Plugin, filters []*loader.Filter, chain *backend.Chain, args []string, who identity, stop *stopper) (int, error) {
 	for i, arg := range args {
 		key, value, err := parseParameter(arg, plugin.MagicConfigKey(), i == 0)
 		if err != nil {
@@ -141,7 +201,13 @@ func serveLoaded(o *options, start *starter, stdout io.Writer, out *logHandler,
 		if err := chain.SetThreadModel(backend.Parallel); err != nil {
 			return 1, err
 		}
-		return 0, plugin.Dump(stdout, chain.ThreadModel())
+		if err := plugin.Dump(stdout, chain.ThreadModel()); err != nil {
+			return 1, err
+		}
+		for _, f := range slices.Backward(filters) {
+			f.Dump()
+		}
+		return 0, nil
 	}
 	if err := chain.ConfigComplete(); err != nil {
 		return 1, err
@@ -160,10 +226,16 @@ func serveLoaded(o *options, start *starter, stdout io.Writer, out *logHandler,
 			return 1, err
 		}
 	}
+	secure, err := setUpTLS(&o.tls, log)
+	if err != nil {
+		return 1, err
+	}
 	e, err := listen(o, log)
 	if err != nil {
 		return 1, err
 	}
+	e.tls = secure
+	o.tls.addTo(&e.uri)
 	defer e.remove()
 	if start != nil {
 		if err := start.detach(); err != nil {
@@ -215,6 +287,7 @@ func serveClients(o *options, start *starter, out *logHandler,
 		Oldstyle: o.oldstyle, NoStructuredReplies: o.noSR, NoMetaContexts: o.noMC,
 		HandshakeMask:    ^protocol.HandshakeFlags(o.handshakeMask), // the server is told what to hide
 		HandshakeTimeout: o.timeout, DrainTimeout: o.drainTimeout,
+		TLS: e.tls, TLSRequired: o.tls.mode == tlsRequire,
 	})
 	var lost atomic.Bool // a listener
 	for _, l := range e.listeners {
@@ -360,7 +433,7 @@ func startCaptive(o *options, uri protocol.URI, stop func()) (*captive, error) {
 	if !o.captive {
 		return nil, nil
 	}
-	cmd, err := runCommand(o.command, uri)
+	cmd, err := runCommand(o.command, uri, &o.tls)
 	if err != nil {
 		return nil, err
 	}
