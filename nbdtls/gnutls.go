@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"path/filepath"
 	"runtime"
+	"strings"
 	"sync"
 	"unsafe"
 
@@ -185,8 +186,11 @@ func (g *gnutls) errorOf(code int32) error {
 	if code >= 0 {
 		return nil
 	}
-	return errors.New(g.strerror(code))
+	return errors.New(g.text(code))
 }
+
+// text is what a code means, without the full stop.
+func (g *gnutls) text(code int32) string { return strings.TrimSuffix(g.strerror(code), ".") }
 
 // credentials are what a session needs of the library beside itself: they are
 // freed when neither a Server nor a session uses them any more.

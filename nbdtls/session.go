@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"runtime"
+	"strings"
 	"sync"
 	"syscall"
 	"unsafe"
@@ -139,7 +140,7 @@ func (s *session) learnPeer() error {
 
 // failure is the error of a code that ends the session.
 func (s *session) failure(code int32) error {
-	text := s.g.strerror(code)
+	text := s.g.text(code)
 	switch code {
 	case gnutlsFatalAlert:
 		text = "the peer sent an alert: " + s.g.alert_get_name(s.g.alert_get(s.handle))
@@ -149,7 +150,7 @@ func (s *session) failure(code int32) error {
 		var out datum
 		status := s.g.session_get_verify_cert_status(s.handle)
 		if s.g.certificate_verification_status_print(status, gnutlsX509, &out, 0) == 0 {
-			text += " " + string(out.bytes())
+			text += ": " + strings.TrimSpace(string(out.bytes()))
 			s.g.free(out.data)
 		}
 	}

@@ -157,18 +157,20 @@ func (u *URI) String() string {
 	}
 	var query []string
 	if u.Transport == TransportUnix {
-		// Slashes stay legible: RFC 3986 allows them in a query.
-		query = append(query, "socket="+strings.ReplaceAll(escape(u.Socket), "%2F", "/"))
+		query = append(query, "socket="+escape(u.Socket))
 	}
 	if len(u.Params) > 0 {
-		query = append(query, strings.ReplaceAll(u.Params.Encode(), "+", "%20"))
+		query = append(query, legible(u.Params.Encode()))
 	}
 	out.RawQuery = strings.Join(query, "&")
 	return out.String()
 }
 
-// escape writes a space as %20: not every client reads "+" as one.
-func escape(s string) string { return strings.ReplaceAll(url.QueryEscape(s), "+", "%20") }
+func escape(s string) string { return legible(url.QueryEscape(s)) }
+
+// legible writes a space as %20, since not every client reads "+" as one, and
+// slashes as they are: RFC 3986 allows them in a query.
+func legible(query string) string { return strings.NewReplacer("+", "%20", "%2F", "/").Replace(query) }
 
 // Address is what net.Dial takes for this URI: a network and an address. A
 // vsock URI gives "vsock" and "CID:PORT", which package net does not know.

@@ -67,7 +67,7 @@ func dumpConfig(name string) string {
 		"soext=so",
 		"sysconfdir=/etc",
 		"timeout_option=yes",
-		"tls=" + yes(haveTLS),
+		"tls=yes",
 		"version=" + release,
 		"version_major=" + part[0],
 		"version_minor=" + part[1],

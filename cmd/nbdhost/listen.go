@@ -13,6 +13,7 @@ import (
 	"syscall"
 
 	"nbdhost/protocol"
+	"nbdhost/server"
 )
 
 // An endpoint is what clients connect to.
@@ -22,6 +23,8 @@ type endpoint struct {
 	uri       protocol.URI // the zero one if there is none
 	inherited bool         // the sockets are another process's, too
 	private   string       // the directory of a private socket, or ""
+	// tls does the server's side of TLS handshakes; nil if TLS is off.
+	tls func(net.Conn) (server.TLSConn, error)
 }
 
 // listen binds the sockets that the options ask for.

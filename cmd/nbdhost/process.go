@@ -210,16 +210,16 @@ func writePidfile(path string) error {
 
 // runCommand starts the command of --run in a shell that knows where the server
 // is (nbdkit-captive(1)). The variables are the shell's own, not exported.
-func runCommand(command string, uri protocol.URI) (*exec.Cmd, error) {
+func runCommand(command string, uri protocol.URI, tls *tlsOptions) (*exec.Cmd, error) {
 	port := ""
 	if uri.Transport == protocol.TransportTCP {
 		port = strconv.Itoa(int(uri.Port))
 	}
 	var b strings.Builder
-	for _, v := range [][2]string{
-		{"uri", uri.String()}, {"nbd", uri.String()}, {"port", port},
-		{"unixsocket", uri.Socket}, {"exportname", uri.Export},
-	} {
+	for _, v := range append(tls.variables(),
+		[2]string{"uri", uri.String()}, [2]string{"nbd", uri.String()}, [2]string{"port", port},
+		[2]string{"unixsocket", uri.Socket}, [2]string{"exportname", uri.Export},
+	) {
 		b.WriteString(v[0] + "=" + quote(v[1]) + "\n")
 	}
 	cmd := exec.Command("/bin/sh", "-c", b.String()+command)
