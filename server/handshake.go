@@ -122,9 +122,6 @@ func (n *negotiation) option() (over bool, err error) {
 		}
 		return true, n.exportName(string(data))
 	}
-	if !n.fixed {
-		return false, fmt.Errorf("%v: the client did not negotiate fixed newstyle, so only %v can be understood", h.Option, protocol.OptExportName)
-	}
 	n.reply = n.reply[:0]
 	over, err = n.answer(h.Option, data)
 	if err != nil && err != errAborted {
@@ -143,7 +140,7 @@ func (n *negotiation) option() (over bool, err error) {
 // than a write may bring is an attack: nobody is asked to send it to the end.
 func (n *negotiation) tooBig(h *protocol.OptionHeader) error {
 	why := fmt.Sprintf("got %d bytes of data, need at most %d", h.Length, protocol.MaxOptionLength)
-	if h.Option == protocol.OptExportName || !n.fixed || h.Length > protocol.MaxRequestLength {
+	if h.Option == protocol.OptExportName || h.Length > protocol.MaxRequestLength {
 		return fmt.Errorf("%v: %s", h.Option, why)
 	}
 	n.in.take(protocol.OptionHeaderSize)
@@ -170,6 +167,10 @@ func (n *negotiation) answer(opt protocol.Option, data []byte) (over bool, err e
 	}
 	if n.plain(opt) {
 		n.refuse(opt, protocol.RepErrTLSReqd, errPlain.Error())
+		return false, nil
+	}
+	if !n.fixed && opt != protocol.OptAbort {
+		n.refuse(opt, protocol.RepErrInvalid, fmt.Sprintf("got no %v from the client, need it for all but %v", protocol.FlagCFixedNewstyle, protocol.OptExportName))
 		return false, nil
 	}
 	noData := func() bool {
@@ -283,7 +284,7 @@ func (n *negotiation) metaContext(opt protocol.Option, data []byte) {
 		n.refuse(opt, protocol.RepErrUnsup, "meta contexts are switched off")
 		return
 	}
-	if !n.structured {
+	if set && !n.structured {
 		n.refuse(opt, protocol.RepErrInvalid, "negotiate structured replies first")
 		return
 	}

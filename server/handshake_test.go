@@ -89,7 +89,6 @@ func TestHangUp(t *testing.T) {
 		replies int
 	}{
 		"unknown client flags":    {append(protocol.ClientFlags(1<<7).AppendTo(nil), structured...), 0},
-		"option without fixed":    {append(protocol.ClientFlags(0).AppendTo(nil), structured...), 0},
 		"bad option magic":        {append(fixed.AppendTo(nil), make([]byte, 100)...), 0},
 		"option data of 4 GiB":    {append(fixed.AppendTo(nil), (&protocol.OptionHeader{Option: 99, Length: 1<<32 - 1}).AppendTo(nil)...), 0},
 		"too many options":        {append(fixed.AppendTo(nil), many...), protocol.MaxOptions},

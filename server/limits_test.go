@@ -140,6 +140,21 @@ func TestNonFixed(t *testing.T) {
 	}
 }
 
+// A client without fixed newstyle that sends other options all the same is told
+// so, and may still open an export.
+func TestNonFixedOptions(t *testing.T) {
+	b := append(protocol.ClientFlags(0).AppendTo(nil), structured...)
+	b = append(append(b, setContext...), option(protocol.OptStartTLS, nil)...)
+	replies, _ := optionReplies(t, converse(t, b))
+	var got []protocol.OptionReply
+	for _, r := range replies {
+		got = append(got, r.Type)
+	}
+	if !slices.Equal(got, []protocol.OptionReply{protocol.RepErrInvalid, protocol.RepErrInvalid, protocol.RepErrInvalid}) {
+		t.Errorf("got %v", got)
+	}
+}
+
 // Names of up to 4096 bytes reach the module as they are; what the module says of
 // one that it does not have goes to the client.
 func TestNames(t *testing.T) {

@@ -240,16 +240,16 @@ func (r *reader) check() error {
 	return nil
 }
 
-// reject replies with r.err and consumes the payload, received or not.
+// reject consumes the payload, received or not, and replies with r.err.
 func (r *reader) reject(payload uint64) error {
-	if err := r.refuse(); err != nil {
-		return err
-	}
 	if uint64(len(r.in.unread())) < payload {
 		r.sample()
 		r.c.sender.send(&r.out)
 	}
-	return r.in.discard(payload)
+	if err := r.in.discard(payload); err != nil {
+		return err
+	}
+	return r.refuse()
 }
 
 // inline carries the request out on this goroutine.

@@ -607,9 +607,10 @@ func TestRefusedWrite(t *testing.T) {
 	}
 }
 
-// A client that sends requests and closes its side gets its answers.
+// A client that sends requests and closes its side gets its answers; one thread
+// keeps them in order.
 func TestHalfClose(t *testing.T) {
-	_, _, path := serve(t, newHooked(), Options{})
+	_, _, path := serve(t, newHooked(), Options{Threads: 1})
 	nc := raw(t, path)
 	var out []byte
 	for i := range uint64(50) {
