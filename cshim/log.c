@@ -77,16 +77,48 @@ verbose (void)
   return __atomic_load_n (&nbdhost_settings.verbose, __ATOMIC_RELAXED);
 }
 
+/* A debug message is one line of printable ASCII, whatever a module puts in it:
+ * the rest is written as in C, as by nbdkit 1.42. NULL: out of memory.
+ */
+static char *
+escape (const char *text)
+{
+  static const char letters[] = "abtnvfr"; /* for 7 to 13 */
+  char *r = malloc (4 * strlen (text) + 1), *p = r;
+
+  if (r == NULL)
+    return NULL;
+  for (; *text; ++text) {
+    unsigned char c = *text;
+
+    if (c == '\\')
+      p = stpcpy (p, "\\\\");
+    else if (c >= ' ' && c <= '~')
+      *p++ = c;
+    else if (c >= 7 && c <= 13) {
+      *p++ = '\\';
+      *p++ = letters[c - 7];
+    }
+    else
+      p += sprintf (p, "\\x%02x", c);
+  }
+  *p = '\0';
+  return r;
+}
+
 void
 nbdkit_vdebug (const char *fmt, va_list args)
 {
   int saved = errno;
-  char *text;
+  char *text, *line;
 
   if (!verbose ())
     return;
   if (vasprintf (&text, fmt, args) != -1) {
-    emit (NBDHOST_LEVEL_DEBUG, text);
+    line = escape (text);
+    if (line != NULL)
+      emit (NBDHOST_LEVEL_DEBUG, line);
+    free (line);
     free (text);
   }
   errno = saved;

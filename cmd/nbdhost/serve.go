@@ -218,6 +218,7 @@ func serveLoaded(o *options, start *starter, stdout io.Writer, out *logHandler,
 	if err := chain.GetReady(); err != nil {
 		return 1, err
 	}
+	loader.SetStdioSafe(false) // it is the server's from now on
 
 	stop.inOrder()
 	log := slog.New(out)
