@@ -254,7 +254,7 @@ func TestForkedChild(t *testing.T) {
 	}
 	for range 25 {
 		got, _ := cshim.CallHandleString(ctx, calls()("forks"), nil)
-		if want := "srv: error: from a child 1\nsrv: debug: debug\n"; got != want {
+		if want := "nbdkit[srv]: error: from a child 1\nnbdkit[srv]: debug: debug\n"; got != want {
 			t.Fatalf("got %q, need %q", got, want)
 		}
 	}

@@ -20,7 +20,7 @@ emit (int level, char *text)
    * makes calls on behalf of one. */
   struct nbdhost_conn *conn =
     worker == NBDHOST_FOREIGN ? NULL : nbdhost_current_conn ();
-  const char *name = nbdhost_settings.name;
+  const char *name = nbdhost_settings.name; /* as --name gives it */
   char *line;
   int n;
 
@@ -30,7 +30,8 @@ emit (int level, char *text)
                     text);
     return;
   }
-  n = asprintf (&line, "%s: %s: %s\n", name ? name : "nbdkit",
+  n = asprintf (&line, "nbdkit%s%s%s: %s: %s\n", name ? "[" : "",
+                name ? name : "", name ? "]" : "",
                 level == NBDHOST_LEVEL_ERROR ? "error" : "debug", text);
   if (n == -1)
     return;

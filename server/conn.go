@@ -90,7 +90,11 @@ func (c *conn) serve() {
 		c.call.Debugf("handshake: %v", err)
 		return
 	}
-	c.call.Debugf("handshake complete, processing requests with %d threads", c.s.opts.Threads)
+	if c.s.serial() {
+		c.call.Debugf("handshake complete, processing requests serially")
+	} else {
+		c.call.Debugf("handshake complete, processing requests with %d threads", c.s.opts.Threads)
+	}
 	c.transmit(r)
 	c.closeSession()
 }

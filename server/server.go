@@ -166,6 +166,12 @@ func (s *Server) forget(c *conn) {
 	s.open.Done()
 }
 
+// serial tells whether the requests of one connection are never carried out side by
+// side. Who makes the calls is then no news for the log, as nbdkit has it.
+func (s *Server) serial() bool {
+	return s.opts.Threads == 1 || s.opts.Chain.ThreadModel() < backend.Parallel
+}
+
 // Disconnect ends a connection as nbdkit_disconnect(3) says; one that is not
 // there any more is no error. It may be called on any thread.
 func (s *Server) Disconnect(conn uint64, force bool) {

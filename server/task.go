@@ -38,8 +38,11 @@ type task struct {
 
 func (t *task) init(c *conn) {
 	t.c = c
-	worker := int(c.numbers.Add(1) - 1)
-	t.call = backend.Call{Conn: &c.peer, Worker: worker, Log: c.log.With("worker", worker)}
+	t.call = backend.Call{Conn: &c.peer, Worker: backend.Handshake, Log: c.log}
+	if !c.s.serial() {
+		t.call.Worker = int(c.numbers.Add(1) - 1)
+		t.call.Log = c.log.With("worker", t.call.Worker)
+	}
 }
 
 // reserve makes room for the reply of a read, whose data the call will put in

@@ -44,56 +44,49 @@ type candidate struct{ word, help string }
 
 // candidates returns what word may become behind the words before it.
 func candidates(before []string, word string) (list []candidate) {
-	var filters, args []string
-	pluginPath := []string{}
+	o := &options{} // as far as the words before tell
+	note := func(opt *option, value string) {
+		switch opt.names[0] {
+		case "filter", "filter-path", "plugin-path", "filter-any-release":
+			_ = opt.set(o, value) // what is wrong with it is told when the command runs
+		}
+	}
 	var pending *option // whose value word is
 	onlyArgs := false
 	for _, w := range before {
 		switch {
 		case pending != nil:
-			if pending.names[0] == "filter" {
-				filters = append(filters, w)
-			}
-			if pending.names[0] == "plugin-path" {
-				pluginPath = append(pluginPath, w)
-			}
+			note(pending, w)
 			pending = nil
 		case w == "--":
 			onlyArgs = true
 		case onlyArgs || !strings.HasPrefix(w, "-") || w == "-":
-			args = append(args, w)
+			o.args = append(o.args, w)
 		default:
-			opt, value, ok := findOption(w)
-			if opt == nil || opt.arg == "" {
-				continue
-			}
-			if !ok {
+			opt, value, hasValue := findOption(w)
+			if opt != nil && opt.arg != "" && !hasValue {
 				pending = opt
-			} else if opt.names[0] == "filter" {
-				filters = append(filters, value)
-			} else if opt.names[0] == "plugin-path" {
-				pluginPath = append(pluginPath, value)
+			} else if opt != nil {
+				note(opt, value)
 			}
 		}
 	}
 	switch {
 	case pending != nil:
-		list = values(pending, "", pluginPath)
+		list = values(pending, "", o)
 	case !onlyArgs && strings.HasPrefix(word, "--") && strings.Contains(word, "="):
 		if opt, _, _ := findOption(word); opt != nil {
 			name, _, _ := strings.Cut(word, "=")
-			list = values(opt, name+"=", pluginPath)
+			list = values(opt, name+"=", o)
 		}
 	case !onlyArgs && strings.HasPrefix(word, "-"):
 		list = optionCandidates()
-	case len(args) == 0:
-		list = moduleCandidates(loader.PluginKind, "", pluginPath)
+	case len(o.args) == 0:
+		list = moduleCandidates(loader.PluginKind, "", o)
+	case strings.Contains(word, "="):
+		list = []candidate{{filesWanted, ""}}
 	default:
-		list = parameterCandidates(args[0], filters, pluginPath)
-		if _, _, ok := strings.Cut(word, "="); ok {
-			return []candidate{{filesWanted, ""}}
-		}
-		list = append(list, candidate{filesWanted, ""})
+		list = append(parameterCandidates(o), candidate{filesWanted, ""})
 	}
 	return slices.DeleteFunc(list, func(c candidate) bool {
 		return c.word != filesWanted && !strings.HasPrefix(c.word, word)
@@ -142,14 +135,14 @@ func optionCandidates() (list []candidate) {
 }
 
 // values returns the values of an option, each behind prefix.
-func values(o *option, prefix string, pluginPath []string) (list []candidate) {
+func values(opt *option, prefix string, o *options) (list []candidate) {
 	var words []string
-	switch o.names[0] {
+	switch opt.names[0] {
 	case "filter":
-		return moduleCandidates(loader.FilterKind, prefix, pluginPath)
+		return moduleCandidates(loader.FilterKind, prefix, o)
 	case "debug":
 		for _, kind := range []loader.Kind{loader.PluginKind, loader.FilterKind} {
-			for _, name := range loader.Installed(kind, pluginPath...) {
+			for _, name := range loader.Installed(kind, o.searchPath(kind)...) {
 				words = append(words, name+".")
 			}
 		}
@@ -160,7 +153,7 @@ func values(o *option, prefix string, pluginPath []string) (list []candidate) {
 		words = []string{tlsOff, tlsOn, tlsRequire}
 	case "completion":
 		words = []string{"bash", "fish", "zsh"}
-	case "unix", "pidfile", "tls-psk", "tls-certificates", "plugin-path":
+	case "unix", "pidfile", "tls-psk", "tls-certificates", "plugin-path", "filter-path":
 		words = []string{filesWanted}
 	}
 	for _, w := range words {
@@ -172,8 +165,8 @@ func values(o *option, prefix string, pluginPath []string) (list []candidate) {
 	return list
 }
 
-func moduleCandidates(kind loader.Kind, prefix string, pluginPath []string) (list []candidate) {
-	for _, name := range loader.Installed(kind, pluginPath...) {
+func moduleCandidates(kind loader.Kind, prefix string, o *options) (list []candidate) {
+	for _, name := range loader.Installed(kind, o.searchPath(kind)...) {
 		list = append(list, candidate{prefix + name, kind.String()})
 	}
 	if kind == loader.PluginKind {
@@ -186,11 +179,11 @@ func moduleCandidates(kind loader.Kind, prefix string, pluginPath []string) (lis
 // in brackets, and what it is.
 var parameterLine = regexp.MustCompile(`(?m)^\s*\[?([A-Za-z][A-Za-z0-9._-]*)=\S*\s*(.*)$`)
 
-// parameterCandidates returns the parameters of a plugin and filters, by what
+// parameterCandidates returns the parameters of the filters and the plugin, by what
 // their help says. A module that cannot be loaded has none.
-func parameterCandidates(plugin string, filters, pluginPath []string) (list []candidate) {
+func parameterCandidates(o *options) (list []candidate) {
 	add := func(kind loader.Kind, name string) {
-		d, err := describeModule(kind, name, pluginPath)
+		d, err := describeModule(kind, name, o)
 		if err != nil {
 			return
 		}
@@ -201,9 +194,9 @@ func parameterCandidates(plugin string, filters, pluginPath []string) (list []ca
 			list = append(list, candidate{key, ""})
 		}
 	}
-	for _, f := range filters {
+	for _, f := range o.filters {
 		add(loader.FilterKind, f)
 	}
-	add(loader.PluginKind, plugin)
+	add(loader.PluginKind, o.args[0])
 	return list
 }

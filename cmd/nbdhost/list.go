@@ -40,12 +40,15 @@ func executable() string {
 }
 
 // describeModule loads a module in a process of its own, which may crash or hang.
-func describeModule(kind loader.Kind, name string, pluginPath []string) (d description, err error) {
+func describeModule(kind loader.Kind, name string, o *options) (d description, err error) {
 	ctx, cancel := context.WithTimeout(context.Background(), describeTime)
 	defer cancel()
 	args := []string{"--describe"}
-	for _, dirs := range pluginPath {
-		args = append(args, "--plugin-path="+dirs)
+	for _, dirs := range o.searchPath(kind) {
+		args = append(args, "--"+kind.String()+"-path="+dirs)
+	}
+	if o.filterAnyRelease {
+		args = append(args, "--filter-any-release")
 	}
 	if kind == loader.FilterKind {
 		args = append(args, "--filter="+name)
@@ -121,7 +124,7 @@ func table(rows [][3]string) string {
 }
 
 func listRow(kind loader.Kind, name string, o *options) [3]string {
-	d, err := describeModule(kind, name, o.searchPath(kind))
+	d, err := describeModule(kind, name, o)
 	if err != nil {
 		return [3]string{name, "-", fmt.Sprintf("cannot be used: %v", err)}
 	}

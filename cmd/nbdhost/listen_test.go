@@ -161,10 +161,12 @@ func TestVsock(t *testing.T) {
 	}
 	client := os.NewFile(uintptr(fd), "client")
 	defer client.Close()
-	err = unix.Connect(fd, &unix.SockaddrVM{CID: unix.VMADDR_CID_LOCAL, Port: e.uri.Port})
-	if err != nil {
+	if _, err := os.Stat("/sys/module/vsock_loopback"); err != nil {
 		t.Logf("no loopback of vsock here: %v", err)
 	} else {
+		if err := unix.Connect(fd, &unix.SockaddrVM{CID: unix.VMADDR_CID_LOCAL, Port: e.uri.Port}); err != nil {
+			t.Fatal(err)
+		}
 		c, err := l.Accept()
 		if err != nil {
 			t.Fatal(err)

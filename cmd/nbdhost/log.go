@@ -22,8 +22,7 @@ const (
 	logNull    = "null"
 )
 
-// defaultName begins messages unless --name says otherwise. Programs that run
-// nbdkit look for it.
+// defaultName begins messages. Programs that run nbdkit look for it.
 const defaultName = "nbdkit"
 
 // logHandler is a slog.Handler that writes as nbdkit does:
@@ -43,19 +42,20 @@ type logHandler struct {
 
 // logOutput is what the handlers derived from one another share.
 type logOutput struct {
-	name    string
+	name    string // what lines begin with
+	tag     string // what the system log knows us as
 	verbose bool
 	stderr  io.Writer
-	module  atomic.Pointer[string]               // the plugin's name, once it is known
-	errors  atomic.Pointer[func(message []byte)] // takes errors
+	module  atomic.Pointer[string]          // the plugin's name, once it is known
+	errors  atomic.Pointer[func(m message)] // takes errors
 }
 
 // newLog returns a handler that writes everything to stderr, until logErrorsTo is
 // called.
 func newLog(o *options, stderr io.Writer) *logHandler {
-	out := &logOutput{name: o.name, verbose: o.verbose, stderr: stderr}
-	if out.name == "" {
-		out.name = defaultName
+	out := &logOutput{name: defaultName, tag: defaultName, verbose: o.verbose, stderr: stderr}
+	if o.name != "" {
+		out.name, out.tag = defaultName+"["+o.name+"]", o.name
 	}
 	out.toStderr()
 	return &logHandler{logOutput: out, worker: -1}
@@ -63,15 +63,22 @@ func newLog(o *options, stderr io.Writer) *logHandler {
 
 func (h *logOutput) setModule(name string) { h.module.Store(&name) }
 
-func (h *logOutput) setErrors(f func([]byte)) { h.errors.Store(&f) }
+func (h *logOutput) setErrors(f func(message)) { h.errors.Store(&f) }
+
+// A message is an error: as a line, and as the system log wants it, which has a
+// name and a level of its own.
+type message struct {
+	line []byte
+	text string
+}
 
 func (h *logOutput) toStderr() {
 	color := isTerminal(h.stderr)
-	h.setErrors(func(message []byte) {
+	h.setErrors(func(m message) {
 		if color { // red
-			message = append(append([]byte("\033[1;31m"), message...), "\033[0m"...)
+			m.line = append(append([]byte("\033[1;31m"), m.line...), "\033[0m"...)
 		}
-		h.stderr.Write(message) // nobody is left to tell
+		h.stderr.Write(m.line) // nobody is left to tell
 	})
 }
 
@@ -90,17 +97,17 @@ func (h *logOutput) logErrorsTo(where string) error {
 	case logDefault, logStderr:
 		h.toStderr()
 	case logNull:
-		h.setErrors(func([]byte) {})
+		h.setErrors(func(message) {})
 	case logSyslog:
 		h.toSyslog(func() (*syslog.Writer, error) {
-			return syslog.New(syslog.LOG_DAEMON|syslog.LOG_ERR, h.name)
+			return syslog.New(syslog.LOG_DAEMON|syslog.LOG_ERR, h.tag)
 		})
 	default:
 		f, err := os.OpenFile(where, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o666)
 		if err != nil {
 			return fmt.Errorf("open log: %w", err)
 		}
-		h.setErrors(func(message []byte) { f.Write(message) })
+		h.setErrors(func(m message) { f.Write(m.line) })
 	}
 	return nil
 }
@@ -110,7 +117,7 @@ func (h *logOutput) logErrorsTo(where string) error {
 func (h *logOutput) toSyslog(dial func() (*syslog.Writer, error)) {
 	var mu sync.Mutex
 	var w *syslog.Writer
-	h.setErrors(func(message []byte) {
+	h.setErrors(func(m message) {
 		mu.Lock()
 		defer mu.Unlock()
 		if w == nil {
@@ -118,7 +125,7 @@ func (h *logOutput) toSyslog(dial func() (*syslog.Writer, error)) {
 				return
 			}
 		}
-		w.Write(message)
+		io.WriteString(w, m.text)
 	})
 }
 
@@ -129,15 +136,17 @@ func (h *logHandler) Enabled(_ context.Context, level slog.Level) bool {
 func (h *logHandler) Handle(_ context.Context, r slog.Record) error {
 	here := *h
 	r.Attrs(func(a slog.Attr) bool { here.add(a); return true })
-	b := append(make([]byte, 0, 256), h.name...)
+	where := ""
 	if module := h.module.Load(); module != nil && here.worker >= 0 {
-		b = fmt.Appendf(b, ": %s.%d", *module, here.worker)
+		where = fmt.Sprintf("%s.%d: ", *module, here.worker)
 	} else if module != nil && here.conn > 0 {
-		b = fmt.Appendf(b, ": %s[%d]", *module, here.conn)
+		where = fmt.Sprintf("%s[%d]: ", *module, here.conn)
 	}
-	b = append(b, ": "+levelName(r.Level)+": "+r.Message+here.attrs+"\n"...)
+	text := r.Message + here.attrs
+	b := append(make([]byte, 0, 256), h.name...)
+	b = append(b, ": "+where+levelName(r.Level)+": "+text+"\n"...)
 	if r.Level >= slog.LevelError {
-		(*h.errors.Load())(b)
+		(*h.errors.Load())(message{b, where + text})
 		return nil
 	}
 	_, err := h.stderr.Write(b)

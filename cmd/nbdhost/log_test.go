@@ -19,7 +19,7 @@ func TestLog(t *testing.T) {
 		{options{}, func(l *slog.Logger, _ *logHandler) { l.Debug("x") }, ""},
 		{options{}, func(_ *slog.Logger, h *logHandler) { h.fromModule(slog.LevelError, 0, -1, "bad size") }, "nbdkit: error: bad size\n"},
 		{options{verbose: true}, func(l *slog.Logger, _ *logHandler) { l.Debug("x") }, "nbdkit: debug: x\n"},
-		{options{name: "disk1"}, func(l *slog.Logger, _ *logHandler) { l.Warn("x") }, "disk1: warning: x\n"},
+		{options{name: "disk1"}, func(l *slog.Logger, _ *logHandler) { l.Warn("x") }, "nbdkit[disk1]: warning: x\n"},
 		{options{verbose: true}, func(l *slog.Logger, h *logHandler) {
 			h.setModule("vddk")
 			h.fromModule(slog.LevelDebug, 1, -1, "DISKLIB-LINK  : Opened 'x'")
@@ -58,14 +58,15 @@ func TestLogSyslog(t *testing.T) {
 	h.toSyslog(func() (*syslog.Writer, error) {
 		return syslog.Dial("unixgram", path, syslog.LOG_DAEMON|syslog.LOG_ERR, h.name)
 	})
-	slog.New(h).Error("it broke")
+	h.setModule("memory")
+	slog.New(h).With("conn", uint64(7)).Error("it broke")
 	slog.New(h).Debug("go on")
 	packet := make([]byte, 1000)
 	n, _, err := c.ReadFrom(packet)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := string(packet[:n]); !strings.HasPrefix(got, "<27>") || !strings.HasSuffix(got, "nbdkit: error: it broke\n") {
+	if got := string(packet[:n]); !strings.HasPrefix(got, "<27>") || !strings.HasSuffix(got, "]: memory[7]: it broke\n") {
 		t.Errorf("got %q", got)
 	}
 	if got, want := b.String(), "nbdkit: debug: go on\n"; got != want {

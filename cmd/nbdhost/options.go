@@ -232,7 +232,7 @@ var optionTable = []option{
 			o.log = v
 			return nil
 		}},
-	{groupOutput, []string{"name"}, "", "NAME", "start messages with NAME (default nbdkit)", text(func(o *options) *string { return &o.name })},
+	{groupOutput, []string{"name"}, "", "NAME", "start messages with nbdkit[NAME]", text(func(o *options) *string { return &o.name })},
 	{groupOutput, []string{"print-uri", "print-url", "show-uri", "show-url"}, "", "", "write the URI to standard output", flag(func(o *options) *bool { return &o.printURI })},
 
 	{groupInfo, []string{"check"}, "", "[FORMAT]", "check that the plugin keeps its promises, and report as text,\ntap or json", checkFormat},
@@ -344,10 +344,10 @@ func parse(args []string) (*options, error) {
 
 // searchPath returns where to look for modules first.
 func (o *options) searchPath(kind loader.Kind) []string {
-	if kind == loader.PluginKind {
-		return o.pluginPath
+	if kind == loader.FilterKind {
+		return o.filterPath
 	}
-	return nil
+	return o.pluginPath
 }
 
 // settle completes the options of a server, and refuses those that contradict
