@@ -158,6 +158,9 @@ func (c *Conn) issue(cmd *command) (uint64, error) {
 	if c.leaving {
 		return 0, fmt.Errorf("issue %v: disconnect was called: %w", cmd.request.Type, ErrDisconnected)
 	}
+	if err := c.strict.refuse(c, cmd); err != nil {
+		return 0, err
+	}
 	c.cookie++
 	cmd.request.Cookie = c.cookie
 	cmd.sent = cmd.request.PayloadLength(c.extended) == 0

@@ -30,6 +30,8 @@ type Options struct {
 	MetaContexts []string
 	// NoGo asks for the export with NBD_OPT_EXPORT_NAME instead of NBD_OPT_GO.
 	NoGo bool
+	// Strict are the commands to refuse instead of sending them to the server.
+	Strict Strict
 	// Decline are handshake flags to do without although the server has them.
 	Decline protocol.HandshakeFlags
 	// TLS does the client's side of a TLS handshake with the server of an nbds
@@ -57,6 +59,7 @@ type Conn struct {
 	structured bool
 	extended   bool
 	contexts   map[uint32]string // meta contexts by their number
+	strict     Strict
 
 	wake    chan struct{} // tells the sender that the queue has grown; holds one
 	broken  chan struct{} // closed with err set: the sender must end
@@ -127,6 +130,9 @@ func New(ctx context.Context, nc net.Conn, opts *Options) (*Conn, error) {
 		broken:     make(chan struct{}),
 		ended:      make(chan struct{}),
 		commands:   make(map[uint64]*command),
+	}
+	if opts != nil {
+		c.strict = opts.Strict
 	}
 	c.running.Add(2)
 	go c.send()

@@ -21,7 +21,8 @@
 // When the connection is lost, every command in flight completes with an error
 // that wraps ErrDisconnected, after both goroutines have let go of all buffers.
 //
-// The client does not hold a command against the export's size or flags: that
-// is the server's to refuse, and tests want to see it do so. What it receives
-// it does check, and a server that breaks the protocol loses the connection.
+// Unless Options.Strict says so the client does not hold a command against the
+// export's size or flags: that is the server's to refuse, and tests want to see
+// it do so. What it receives it does check, and a server that breaks the protocol
+// loses the connection.
 package client
