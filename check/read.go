@@ -284,6 +284,9 @@ func (s *Subject) readParallel() error {
 	if s.alone() {
 		connections = 1
 	}
+	if _, err := s.serve(); err != nil {
+		return err
+	}
 	results := make(chan error, connections)
 	for seed := range uint64(connections) {
 		go func() {

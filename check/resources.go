@@ -1,24 +1,27 @@
 package check
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"runtime/debug"
 	"strconv"
 	"strings"
 	"time"
+
+	"nbdhost/backend"
 )
 
 // A thousand connections, or as many as there are in churnTime.
 const (
 	churnCount  = 1000
 	churnTime   = 20 * time.Second
-	warmUpCount = 50
+	warmUpCount = 200
 	// settleTime is how long what a connection used may take to be gone.
 	settleTime = 3 * time.Second
-	// A plugin of a language may keep some memory; the C library and Go do, too.
-	maxGrowth     = 4 << 20
-	growthPerConn = 1 << 10
+	// maxGrowth is what half of them may add, in bytes, beyond what they would with
+	// a plugin of ours: the C library or an interpreter may have to settle yet.
+	maxGrowth = 2 << 20
 	// Threads that the Go runtime and libraries start and keep.
 	maxThreads = 24
 )
@@ -30,6 +33,7 @@ type usage struct {
 }
 
 func measure() (u usage, err error) {
+	debug.FreeOSMemory()
 	fds, err := os.ReadDir("/proc/self/fd")
 	if err != nil {
 		return u, err
@@ -53,9 +57,12 @@ func measure() (u usage, err error) {
 
 // A churn is what many connections, one after the other, left behind.
 type churn struct {
-	connections   int
-	before, after usage
-	err           error
+	connections         int
+	before, half, after usage
+	// ours is how much memory half of them add with a plugin of ours, in bytes: the
+	// server and the client keep some, and much with the race detector.
+	ours int64
+	err  error
 }
 
 // churn opens and closes connections, once for all checks that want to know.
@@ -72,31 +79,68 @@ func (s *Subject) churn() (*churn, error) {
 }
 
 func (ch *churn) run(s *Subject) (err error) {
-	open := func() error {
-		c, err := s.dialSocket()
-		if err != nil {
-			return err
-		}
-		defer c.Close()
-		return c.Disconnect()
+	if ch.ours, err = baseline(); err != nil {
+		return err
 	}
 	deadline := time.Now().Add(churnTime)
-	for n := 0; n < warmUpCount && time.Now().Before(deadline); n++ {
-		if err := open(); err != nil {
-			return fmt.Errorf("connection %d: %w", n+1, err)
+	many := func(n int) error {
+		for ; n > 0 && time.Now().Before(deadline); n-- {
+			c, err := s.dialSocket()
+			if err != nil {
+				return fmt.Errorf("connection %d: %w", ch.connections+1, err)
+			}
+			if err := c.Disconnect(); err != nil {
+				return fmt.Errorf("end connection %d: %w", ch.connections+1, err)
+			}
+			ch.connections++
 		}
+		return nil
+	}
+	if err := many(warmUpCount); err != nil {
+		return err
 	}
 	if ch.before, err = settled(usage{}); err != nil {
 		return err
 	}
-	for ch.connections < churnCount && time.Now().Before(deadline) {
-		if err := open(); err != nil {
-			return fmt.Errorf("connection %d: %w", ch.connections+1, err)
-		}
-		ch.connections++
+	ch.connections = 0
+	if err := many(churnCount / 2); err != nil {
+		return err
+	}
+	if ch.half, err = measure(); err != nil {
+		return err
+	}
+	if err := many(churnCount / 2); err != nil {
+		return err
 	}
 	ch.after, err = settled(ch.before)
 	return err
+}
+
+// baseline returns how much memory half of the connections add with backend.Mem.
+func baseline() (grown int64, err error) {
+	ours := &Subject{chain: backend.NewChain(backend.NewMem(1<<20), nil, backend.Trace{})}
+	defer func() {
+		if ours.service != nil {
+			err = errors.Join(err, ours.service.end())
+		}
+	}()
+	var before usage
+	for i := range warmUpCount + churnCount/2 {
+		if i == warmUpCount {
+			if before, err = measure(); err != nil {
+				return 0, err
+			}
+		}
+		c, err := ours.dialSocket()
+		if err == nil {
+			err = c.Disconnect()
+		}
+		if err != nil {
+			return 0, fmt.Errorf("measure memory of connections: %w", err)
+		}
+	}
+	after, err := measure()
+	return max(0, after.memory-before.memory), err
 }
 
 // settled measures when the server has given back what it will: at once where that
@@ -105,7 +149,6 @@ func settled(before usage) (u usage, err error) {
 	tick := time.NewTicker(settleTime / 30)
 	defer tick.Stop()
 	for range 30 {
-		debug.FreeOSMemory()
 		if u, err = measure(); err != nil {
 			return u, err
 		}
@@ -142,18 +185,23 @@ func (s *Subject) threads() error {
 	return nil
 }
 
+// memory wants it not to grow steadily: what settles does so in the first half.
 func (s *Subject) memory() error {
 	ch, err := s.churn()
 	if err != nil {
 		return skipf("no connections: %v", err)
 	}
-	grown := ch.after.memory - ch.before.memory
-	s.notef("%+d KiB", grown>>10)
-	// A leak of threads is one of their stacks, which is that check's.
-	threads := int64(max(0, ch.after.threads-ch.before.threads))
-	if grown > maxGrowth+growthPerConn*int64(ch.connections)+threads*(64<<10) {
-		return fmt.Errorf("%d KiB before, %d KiB after %d connections: %d bytes each",
-			ch.before.memory>>10, ch.after.memory>>10, ch.connections, grown/int64(max(1, ch.connections)))
+	first, second := ch.half.memory-ch.before.memory, ch.after.memory-ch.half.memory
+	s.notef("%+d KiB in the first half, %+d KiB in the second", first>>10, second>>10)
+	if ch.connections < churnCount {
+		return skipf("only %d connections in %v", ch.connections, churnTime)
+	}
+	// Threads that were left behind are another check's, their stacks too.
+	threads := int64(max(0, ch.after.threads-ch.before.threads)) * (64 << 10)
+	limit := maxGrowth + 2*ch.ours
+	if first > limit && second > limit+threads {
+		return fmt.Errorf("%d KiB before, %d KiB after %d connections, %d KiB after %d: %d bytes each", ch.before.memory>>10,
+			ch.half.memory>>10, churnCount/2, ch.after.memory>>10, churnCount, second/(churnCount/2))
 	}
 	return nil
 }
