@@ -156,9 +156,9 @@ type Subject struct {
 	// called once where Start was, after every connection has been closed.
 	Start func() (*backend.Chain, error)
 	Stop  func()
-	// Filters tells that the chain has filters, whose promises are looked at then
-	// instead of the plugin's.
-	Filters bool
+	// Filters are name and version of each filter, outermost first; Start may set
+	// them. The promises that are looked at are theirs then.
+	Filters []string
 	// Writes permits to modify data.
 	Writes bool
 	// Log receives what the server has to say; nil for nothing.

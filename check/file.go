@@ -155,6 +155,9 @@ func (s *Subject) start() error {
 		return err
 	}
 	s.chain = chain
+	if len(s.Filters) > 0 {
+		s.notef("filters %s", strings.Join(s.Filters, ", "))
+	}
 	s.notef("served with thread model %v", chain.ThreadModel())
 	return nil
 }
@@ -225,7 +228,7 @@ func describe(caps backend.Caps) string {
 
 // capabilities asks for them in order, and wants the callbacks behind them.
 func (s *Subject) capabilities() error {
-	if s.Filters {
+	if len(s.Filters) > 0 {
 		return skipf("the filters speak for the plugin")
 	}
 	has := s.plugin.Has

@@ -271,7 +271,14 @@ func runChecks(o *options, names []string, pipe io.Writer, out *logHandler) (int
 		return p, nil
 	}
 	s.Start = func() (*backend.Chain, error) {
-		chain = backend.NewChain(plugin, log, setDebugFlags(o.debug, log, plugin))
+		filters, err := openFilters(o, log)
+		if err != nil {
+			return nil, err
+		}
+		for _, f := range filters {
+			s.Filters = append(s.Filters, f.Name()+" "+f.Version())
+		}
+		chain = newChain(o, plugin, filters, log)
 		return chain, life.start(chain, plugin.MagicConfigKey(), args)
 	}
 	s.Serving = func(serve func()) {
