@@ -10,7 +10,7 @@ RUN_PACKAGES  = gcc libc6-dev nbdkit libnbd-bin
 TEST_PACKAGES = $(RUN_PACKAGES) binutils nbdkit-plugin-dev libnbd0 python3-libnbd qemu-utils fio \
 	e2fsprogs dosfstools mtools genisoimage strace
 
-.PHONY: all build run test lint fuzz clean
+.PHONY: all build run test lint fuzz bench clean
 all: build
 
 # install PACKAGES, those of them that are missing. dpkg-query exits with an error
@@ -68,6 +68,15 @@ fuzz:
 	        $(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 1s $$pkg || exit 1; \
 	    done; \
 	done
+
+# Compares nbdhost with nbdkit, qemu-nbd and the floor, on an idle machine for about
+# 20 minutes. ROWS=REGEXP chooses rows, ROUNDS=N and SECONDS=S say how often and how
+# long; DOC=docs/performance.md writes the tables and plots; PERF=DIR writes profiles.
+bench:
+	$(call install,$(TEST_PACKAGES))
+	$(MAKE) --no-print-directory build
+	$(GO) run ./tests/bench --nbdhost $(BIN) $(if $(ROWS),--rows '$(ROWS)') $(if $(ROUNDS),--rounds $(ROUNDS)) \
+	    $(if $(SECONDS),--seconds $(SECONDS)) $(if $(DOC),--doc $(DOC)) $(if $(PERF),--perf $(PERF))
 
 clean:
 	rm -rf bin

@@ -1,0 +1,35 @@
+// Command bench compares nbdhost with nbdkit, with qemu-nbd where the data is a
+// file, and with a floor: the least that a server can do for the same client.
+//
+//	make bench
+//	make bench ROWS='memory/.*/4k' ROUNDS=3 SECONDS=0.3
+//	make bench DOC=docs/performance.md
+//
+// A row is a plugin, an operation, a size, a number of requests in flight (d),
+// a number of connections (c), a transport and a number of filters (f), such as
+// memory/read/4k/d64/c1/unix/f0. All servers of a row run at the same time and
+// are measured in turn, ROUNDS times SECONDS each; in each round another one
+// begins. A ratio is the median over the rounds of nbdhost's figure divided by
+// the other server's of the same round. Without ROWS a selection of rows is
+// measured, with ROWS those of all combinations that the expression matches;
+// -list prints their names.
+//
+// Operations are counted as answered over the wall time of all connections
+// together. A server's processor time is read from its process's clock at the
+// start and the end of the same time.
+//
+// What is where:
+//
+//	rows.go     which rows there are, and the goals
+//	servers.go  starts and stops the servers
+//	measure.go  one row
+//	clients.go  fio, nbdcopy and qemu-img
+//	single.go   figures that are no rows: start, memory, idle connections
+//	report.go   tables; the part of docs/performance.md between its marks
+//	plot.go     plots
+//	load.c      the load generator
+//	floor.c     the floor
+//	slow.c      a plugin whose calls take a millisecond
+//
+// The C sources are part of the program, which compiles them when it starts.
+package main

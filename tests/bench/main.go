@@ -1,0 +1,207 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"embed"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"syscall"
+
+	"github.com/spf13/pflag"
+)
+
+//go:embed floor.c load.c slow.c
+var sources embed.FS
+
+// bench is one run of the program.
+type bench struct {
+	nbdhost string // the program
+	dir     string // for sockets, compiled programs and data; removed at the end
+	rounds  int
+	seconds float64 // of one measurement
+	perf    string  // a directory for profiles, or empty
+	port    int     // the last TCP port used
+	// copySize is that of the exports that clients not of ours copy as a whole,
+	// in bytes.
+	copySize int
+
+	progress io.Writer
+	failed   bool // something about nbdhost could not be measured
+}
+
+func main() {
+	// What is started with a parent death signal must not outlive the thread
+	// that started it.
+	runtime.LockOSThread()
+	if err := run(os.Args[1:], os.Stdout, os.Stderr); err != nil {
+		if !errors.Is(err, pflag.ErrHelp) {
+			fmt.Fprintln(os.Stderr, "bench:", err)
+			os.Exit(1)
+		}
+	}
+}
+
+func run(args []string, stdout, stderr io.Writer) (err error) {
+	flags := pflag.NewFlagSet("bench", pflag.ContinueOnError)
+	b := &bench{port: 20000 + os.Getpid()%10000}
+	flags.StringVar(&b.nbdhost, "nbdhost", "bin/nbdhost", "the program to measure")
+	flags.IntVar(&b.rounds, "rounds", 5, "how often each server of a row is measured")
+	flags.Float64Var(&b.seconds, "seconds", 1, "how long each measurement takes")
+	flags.StringVar(&b.perf, "perf", "", "write a profile of nbdhost for each row into this directory (needs perf and strace)")
+	copied := flags.Int("copy", 512, "the size of what nbdcopy, qemu-img and fio have before them, in MiB")
+	match := flags.String("rows", "", "measure the rows that match this regular expression, of all there are")
+	list := flags.Bool("list", false, "print the rows and exit")
+	doc := flags.String("doc", "", "write the tables into this file, between its marks, and plots beside it")
+	if err := flags.Parse(args); err != nil {
+		return err
+	}
+	selected, err := selection(*match)
+	if err != nil {
+		return err
+	}
+	if *list {
+		for _, r := range selected.rows {
+			fmt.Fprintln(stdout, r.name())
+		}
+		for _, s := range selected.singles {
+			fmt.Fprintln(stdout, s.name)
+		}
+		return nil
+	}
+	if b.rounds < 1 || b.seconds <= 0 || *copied < 1 {
+		return fmt.Errorf("read options: got %d rounds of %g seconds and %d MiB, need at least one of more than 0, and 1 MiB", b.rounds, b.seconds, *copied)
+	}
+	b.copySize = *copied * mib
+
+	b.progress = io.Discard
+	if info, err := os.Stderr.Stat(); err == nil && info.Mode()&os.ModeCharDevice != 0 {
+		b.progress = stderr
+	}
+	if b.nbdhost, err = filepath.Abs(b.nbdhost); err != nil {
+		return err
+	}
+	if b.dir, err = os.MkdirTemp("", "nbdhost-bench-"); err != nil {
+		return err
+	}
+	defer os.RemoveAll(b.dir)
+	if err := b.compile(); err != nil {
+		return err
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+
+	rep := newReport(b)
+	table := newTextTable(stdout, selected.rows)
+	for i, r := range selected.rows {
+		if ctx.Err() != nil {
+			break
+		}
+		res := b.measure(ctx, r, fmt.Sprintf("%d/%d", i+1, len(selected.rows)))
+		b.clear()
+		if ctx.Err() != nil {
+			break
+		}
+		rep.rows = append(rep.rows, res)
+		table.row(res)
+	}
+	table.legend()
+	for i, s := range selected.singles {
+		if ctx.Err() != nil {
+			break
+		}
+		b.say("%d/%d %s", i+1, len(selected.singles), s.name)
+		figures := b.single(ctx, s)
+		b.clear()
+		if ctx.Err() != nil {
+			break
+		}
+		rep.singles = append(rep.singles, figures...)
+		table.singles(figures, i == 0)
+	}
+	if ctx.Err() != nil {
+		return errors.New("interrupted")
+	}
+	if *doc != "" {
+		if err := rep.write(*doc); err != nil {
+			return err
+		}
+	}
+	if b.failed {
+		return errors.New("something could not be measured: see FAILED above")
+	}
+	return nil
+}
+
+// say shows what is being done, where somebody looks.
+func (b *bench) say(format string, args ...any) {
+	fmt.Fprintf(b.progress, "\r\x1b[K%.78s", fmt.Sprintf(format, args...))
+}
+
+func (b *bench) clear() { fmt.Fprint(b.progress, "\r\x1b[K") }
+
+func (b *bench) path(name string) string { return filepath.Join(b.dir, name) }
+
+// compile makes load, floor and slow.so.
+func (b *bench) compile() error {
+	for name, options := range map[string][]string{
+		"load.c":  {"-O2", "-pthread"},
+		"floor.c": {"-O2"},
+		"slow.c":  {"-O2", "-fPIC", "-shared"},
+	} {
+		source, err := sources.ReadFile(name)
+		if err != nil {
+			return err
+		}
+		out := b.path(name[:len(name)-2])
+		if name == "slow.c" {
+			out += ".so"
+		}
+		cmd := exec.Command("gcc", append(options, "-std=gnu17", "-x", "c", "-", "-o", out)...)
+		cmd.Stdin = bytes.NewReader(source)
+		if msg, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("compile %s: %w\n%s", name, err, msg)
+		}
+	}
+	return nil
+}
+
+// selected is what a run measures.
+type selected struct {
+	rows    []row
+	singles []single
+}
+
+// selection finds what matches among all there is; an empty expression selects
+// the standard set.
+func selection(match string) (*selected, error) {
+	s := &selected{}
+	if match == "" {
+		return &selected{standardRows(), singles}, nil
+	}
+	re, err := regexp.Compile(match)
+	if err != nil {
+		return nil, fmt.Errorf("read --rows: %w", err)
+	}
+	for _, r := range allRows() {
+		if re.MatchString(r.name()) {
+			s.rows = append(s.rows, r)
+		}
+	}
+	for _, x := range singles {
+		if re.MatchString(x.name) {
+			s.singles = append(s.singles, x)
+		}
+	}
+	if len(s.rows)+len(s.singles) == 0 {
+		return nil, fmt.Errorf("select rows: got %q, which matches none; --list shows the standard ones, --list --rows . all", match)
+	}
+	return s, nil
+}
