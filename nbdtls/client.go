@@ -119,7 +119,7 @@ func clientPSK(nc net.Conn, file, name string) (Conn, error) {
 		return nil, err
 	}
 	c := &credentials{g: g, kind: gnutlsPSK}
-	if err := c.setPriority(pskPriority("NORMAL:-KX-ALL")); err != nil {
+	if err := c.setPriority(pskPriority("")); err != nil {
 		return nil, err
 	}
 	if err := g.errorOf(g.psk_allocate_client_credentials(&c.handle)); err != nil {

@@ -297,13 +297,14 @@ func (s *pskSource) load() (shaker, error) {
 	return c, nil
 }
 
-// pskPriority adds the key exchanges with pre-shared keys, which no priority
-// string has by itself.
+// pskPriority makes the key exchanges those with pre-shared keys, which no priority
+// string has by itself. The others need certificates; if they stayed GnuTLS would
+// choose one that a client prefers, and then find that it has none.
 func pskPriority(text string) string {
 	if text == "" {
 		text = "NORMAL"
 	}
-	return text + ":+ECDHE-PSK:+DHE-PSK:+PSK"
+	return text + ":-KX-ALL:+ECDHE-PSK:+DHE-PSK:+PSK"
 }
 
 // shaking has the keys for each session that is in a handshake.

@@ -224,7 +224,10 @@ func (s *Server) drain() {
 // lastWords later; then the chain must not be touched any more.
 func (s *Server) Wait() bool {
 	<-s.quit
+	// Who was being admitted when quit was closed is counted once mu is free.
+	s.mu.Lock()
 	closed := make(chan struct{})
+	s.mu.Unlock()
 	go func() {
 		s.open.Wait()
 		close(closed)
