@@ -8,7 +8,7 @@ FUZZTIME ?= 1m
 
 RUN_PACKAGES  = gcc libc6-dev nbdkit libnbd-bin
 TEST_PACKAGES = $(RUN_PACKAGES) binutils nbdkit-plugin-dev libnbd0 python3-libnbd qemu-utils fio \
-	e2fsprogs dosfstools mtools genisoimage strace
+	e2fsprogs dosfstools mtools genisoimage strace gnutls-bin openssl
 
 .PHONY: all build run test lint fuzz bench clean
 all: build

@@ -23,6 +23,6 @@
 // server. Open records them before the module is loaded, and these are put back
 // (a module keeps its handlers of other signals, made fit for Go's threads) after
 // each step that is known to change them: the loading itself, .load, .config, .config_complete,
-// .get_ready, .after_fork and the first .open. So os/signal must be set up
+// .get_ready, .after_fork and each .open. So os/signal must be set up
 // before Open.
 package loader

@@ -2,7 +2,6 @@ package loader
 
 import (
 	"fmt"
-	"sync"
 	"syscall"
 	"unsafe"
 
@@ -21,7 +20,6 @@ type Plugin struct {
 	v1     bool // the data callbacks have no flags
 
 	magicConfigKey string
-	opened         sync.Once
 }
 
 var _ backend.Backend = (*Plugin)(nil)
@@ -229,7 +227,7 @@ func (p *Plugin) Open(c *backend.Call, readonly bool, export string) (backend.Ha
 func (p *Plugin) openHandle(c *backend.Call, readonly bool, export string) (*handle, error) {
 	ctx := cshim.NewContext(shimConn(c), export, true, p.raw.ErrnoIsPreserved != 0)
 	r := cshim.CallOpen(ctx, p.fn[backend.Open], readonly)
-	p.opened.Do(cshim.RestoreSignals)
+	cshim.RestoreSignals() // at each: a handler that was set at a later one is as harmful
 	if r.Ptr == nil {
 		ctx.Free()
 		return nil, p.failure(backend.Open, r)
