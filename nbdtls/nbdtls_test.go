@@ -30,7 +30,7 @@ func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 const patience = 30 * time.Second
 
 // sockets returns the two ends of a connection.
-func sockets(t *testing.T) (server, client net.Conn) {
+func sockets(t testing.TB) (server, client net.Conn) {
 	t.Helper()
 	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
 	if err != nil {
@@ -60,7 +60,7 @@ func uri(user string, params ...string) *protocol.URI {
 }
 
 // meet makes the two ends do a handshake.
-func meet(t *testing.T, s *Server, u *protocol.URI) (server Conn, client net.Conn, serverErr, clientErr error) {
+func meet(t testing.TB, s *Server, u *protocol.URI) (server Conn, client net.Conn, serverErr, clientErr error) {
 	t.Helper()
 	a, b := sockets(t)
 	var wg sync.WaitGroup
@@ -104,7 +104,7 @@ type kit struct {
 
 const keys = "alice:00112233445566778899aabbccddeeff\nbob:ffeeddccbbaa99887766554433221100\n"
 
-func newKit(t *testing.T) *kit {
+func newKit(t testing.TB) *kit {
 	t.Helper()
 	dir := t.TempDir()
 	k := &kit{dir: dir, ca: pki.NewAuthority(t, "Authority"), server: filepath.Join(dir, "server"),
@@ -343,6 +343,52 @@ func TestPeers(t *testing.T) {
 				}
 			})
 		}
+	}
+}
+
+// A list that is overdue goes on counting, and the log says that it is.
+func TestOverdueList(t *testing.T) {
+	k := newKit(t)
+	pki.Write(t, k.server, map[string][]byte{"ca-crl.pem": k.ca.RevokeOverdue(k.alice)})
+	bob := filepath.Join(k.dir, "bob")
+	k.ca.WriteClient(bob, k.ca.Client("bob"))
+	for _, priority := range []string{"", "NORMAL"} {
+		var log bytes.Buffer
+		s := newServer(t, Config{Certificates: k.server, Priority: priority, VerifyPeer: true, Log: slog.New(slog.NewTextHandler(&log, nil))})
+		if !strings.Contains(log.String(), "newer list") {
+			t.Errorf("priority %q: got log %q, want a warning", priority, log.String())
+		}
+		_, _, err, _ := meet(t, s, k.clientX)
+		match(t, "server", err, "revoked")
+		server, client, e1, e2 := meet(t, s, uri("", "tls-certificates", bob))
+		if e1 != nil || e2 != nil {
+			t.Fatal(e1, e2)
+		}
+		client.Close()
+		server.Close()
+	}
+}
+
+func BenchmarkHandshake(b *testing.B) {
+	k := newKit(b)
+	s, err := NewServer(k.x509)
+	if err != nil {
+		b.Fatal(err)
+	}
+	for b.Loop() {
+		server, client, e1, e2 := meet(b, s, k.clientX)
+		if e1 != nil || e2 != nil {
+			b.Fatal(e1, e2)
+		}
+		client.Close()
+		server.Close()
+	}
+}
+
+func BenchmarkStamp(b *testing.B) {
+	k := newKit(b)
+	for b.Loop() {
+		stampOf(identityFiles(k.server))
 	}
 }
 

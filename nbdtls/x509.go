@@ -28,10 +28,30 @@ func (s *x509Source) load() (shaker, error) {
 	if err != nil {
 		return nil, err
 	}
+	s.warn(id)
 	if s.config.Priority != "" {
 		return newCertificateCredentials(id, s.config)
 	}
 	return s.standard(id)
+}
+
+// warn tells of files that can be used and will disappoint. What cannot be read here
+// is somebody else's to refuse.
+func (s *x509Source) warn(id *identity) {
+	for _, p := range id.pairs {
+		certs, _ := certificates(p.cert)
+		if len(certs) > 0 && time.Now().After(certs[0].NotAfter) {
+			s.log.Warn(fmt.Sprintf("read %s: the certificate expired on %v: clients will refuse it", p.certPath, certs[0].NotAfter))
+		}
+	}
+	_ = eachPEM(id.crl, "X509 CRL", func(der []byte) error {
+		l, err := x509.ParseRevocationList(der)
+		if err == nil && !l.NextUpdate.IsZero() && time.Now().After(l.NextUpdate) {
+			s.log.Warn(fmt.Sprintf("read %s: there should be a newer list since %v: using this one",
+				filepath.Join(s.config.Certificates, caCRL), l.NextUpdate))
+		}
+		return err
+	})
 }
 
 // standard makes a configuration of crypto/tls.
@@ -48,9 +68,6 @@ func (s *x509Source) standard(id *identity) (shaker, error) {
 		cert, err := tls.X509KeyPair(p.cert, p.key)
 		if err != nil {
 			return nil, fmt.Errorf("read %s and %s: %w: need a certificate and the key it was made for, both in PEM", p.certPath, p.keyPath, err)
-		}
-		if now := time.Now(); now.After(cert.Leaf.NotAfter) {
-			s.log.Warn(fmt.Sprintf("read %s: the certificate expired on %v: clients will refuse it", p.certPath, cert.Leaf.NotAfter))
 		}
 		config.Certificates = append(config.Certificates, cert)
 	}
@@ -79,11 +96,6 @@ func (s *x509Source) verifyClients(config *tls.Config, id *identity) error {
 	lists, err := revocationLists(id.crl, authorities)
 	if err != nil {
 		return fmt.Errorf("read %s: %w", path, err)
-	}
-	for _, l := range lists {
-		if !l.NextUpdate.IsZero() && time.Now().After(l.NextUpdate) {
-			s.log.Warn(fmt.Sprintf("read %s: there should be a newer list since %v: using this one", path, l.NextUpdate))
-		}
 	}
 	config.VerifyConnection = lists.check
 	return nil

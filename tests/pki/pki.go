@@ -118,9 +118,20 @@ func (a *Authority) issue(template *x509.Certificate, change []func(*x509.Certif
 // Revoke makes a list that revokes the certificates and no others, in PEM.
 func (a *Authority) Revoke(certs ...Cert) []byte {
 	a.t.Helper()
+	return a.revoke(time.Now().Add(time.Hour), certs)
+}
+
+// RevokeOverdue is Revoke, with a list that should have been replaced a moment ago.
+func (a *Authority) RevokeOverdue(certs ...Cert) []byte {
+	a.t.Helper()
+	return a.revoke(time.Now().Add(-time.Second), certs)
+}
+
+func (a *Authority) revoke(next time.Time, certs []Cert) []byte {
+	a.t.Helper()
 	a.lists++
 	template := &x509.RevocationList{Number: big.NewInt(a.lists),
-		ThisUpdate: time.Now().Add(-time.Minute), NextUpdate: time.Now().Add(time.Hour)}
+		ThisUpdate: time.Now().Add(-time.Minute), NextUpdate: next}
 	for _, c := range certs {
 		template.RevokedCertificateEntries = append(template.RevokedCertificateEntries,
 			x509.RevocationListEntry{SerialNumber: c.Serial, RevocationTime: time.Now().Add(-time.Minute)})
