@@ -7,12 +7,14 @@ import (
 	"io"
 	"net"
 	"sync"
+	"syscall"
 
 	"nbdhost/protocol"
 )
 
-// ErrDisconnected: the connection has ended, or ended before the command did.
-var ErrDisconnected = errors.New("disconnected from the server")
+// ErrDisconnected: the connection has ended, or ended before the command did. It
+// wraps syscall.ENOTCONN.
+var ErrDisconnected = fmt.Errorf("disconnected from the server: %w", syscall.ENOTCONN)
 
 // Options are what to ask of a server. The zero value, or a nil pointer, asks
 // for everything that this client knows.
