@@ -15,6 +15,7 @@ import (
 
 	"nbdhost/check"
 	"nbdhost/loader"
+	"nbdhost/server"
 )
 
 // Limits of options.
@@ -45,6 +46,8 @@ type options struct {
 	handshakeMask uint16
 	oldstyle      bool
 	noSR, noMC    bool
+	noEH          bool
+	sparseReads   server.SparseReads
 	timeout       time.Duration // of the handshake; 0: none
 	drainTimeout  time.Duration
 
@@ -180,7 +183,17 @@ var optionTable = []option{
 	{groupServe, []string{"plugin-path"}, "", "DIR[:DIR...]", "look for plugins here first",
 		func(o *options, v string) error { o.pluginPath = append(o.pluginPath, v); return nil }},
 	{groupServe, []string{"no-sr", "no-structured-replies"}, "", "", "do not offer structured replies", flag(func(o *options) *bool { return &o.noSR })},
+	{groupServe, []string{"no-eh", "no-extended-headers"}, "", "", "do not offer extended headers", flag(func(o *options) *bool { return &o.noEH })},
 	{groupServe, []string{"no-mc", "no-meta-contexts"}, "", "", "do not offer meta contexts (block status)", flag(func(o *options) *bool { return &o.noMC })},
+	{groupServe, []string{"sparse-reads"}, "", "WHEN", "answer reads with the holes in them: auto (default: where it\npays), always or never",
+		func(o *options, v string) error {
+			when, ok := map[string]server.SparseReads{"auto": server.SparseAuto, "always": server.SparseAlways, "never": server.SparseNever}[v]
+			if !ok {
+				return fmt.Errorf("got %q: need auto, always or never", v)
+			}
+			o.sparseReads = when
+			return nil
+		}},
 	{groupServe, []string{"mask-handshake"}, "", "MASK", "offer only these global handshake flags",
 		func(o *options, v string) error {
 			n, err := strconv.ParseUint(v, 0, 32)

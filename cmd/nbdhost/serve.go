@@ -285,7 +285,8 @@ func serveClients(o *options, start *starter, out *logHandler,
 	log := slog.New(out)
 	srv := server.New(server.Options{
 		Chain: chain, ReadOnly: o.readonly, Threads: o.threads, Log: log,
-		Oldstyle: o.oldstyle, NoStructuredReplies: o.noSR, NoMetaContexts: o.noMC,
+		Oldstyle: o.oldstyle, NoStructuredReplies: o.noSR, NoExtendedHeaders: o.noEH, NoMetaContexts: o.noMC,
+		SparseReads:      o.sparseReads,
 		HandshakeMask:    ^protocol.HandshakeFlags(o.handshakeMask), // the server is told what to hide
 		HandshakeTimeout: o.timeout, DrainTimeout: o.drainTimeout,
 		TLS: e.tls, TLSRequired: o.tls.mode == tlsRequire,
