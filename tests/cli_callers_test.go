@@ -1,0 +1,296 @@
+package tests
+
+import (
+	"bytes"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// These tests start the program as its callers start nbdkit, by a link of that
+// name and with their command lines.
+
+// A called program runs until stop, or until the test ends and kills it.
+type called struct {
+	*exec.Cmd
+	t      *testing.T
+	stderr string // the file that has it
+	exited chan struct{}
+	err    error
+}
+
+// call starts a program and returns when pidfile is there: that is what callers
+// wait for. files are its descriptors from 3 on.
+func call(t *testing.T, pidfile, program string, files []*os.File, args ...string) *called {
+	t.Helper()
+	dir := filepath.Dir(pidfile)
+	ready, err := newWatch(dir, filepath.Base(pidfile))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ready.Close()
+	c := &called{Cmd: exec.Command(program, args...), t: t, stderr: filepath.Join(dir, "stderr"), exited: make(chan struct{})}
+	stderr, err := os.Create(c.stderr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stderr.Close()
+	c.Stderr, c.ExtraFiles = stderr, files
+	c.Env = append(os.Environ(), "LC_ALL=C", "TMPDIR="+dir)
+	c.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		c.err = c.Wait()
+		close(c.exited)
+		ready.Close()
+	}()
+	t.Cleanup(func() {
+		syscall.Kill(-c.Process.Pid, syscall.SIGKILL) // an error: it has ended
+		<-c.exited
+	})
+	if err := ready.wait(); err != nil {
+		t.Fatalf("%s %q: no pidfile: %v, %v\n%s", program, args, err, c.err, c.said())
+	}
+	return c
+}
+
+func (c *called) said() string {
+	b, _ := os.ReadFile(c.stderr)
+	return string(b)
+}
+
+// stop ends the program with a signal, and wants it to end well.
+func (c *called) stop(s syscall.Signal) {
+	c.t.Helper()
+	if err := c.Process.Signal(s); err != nil {
+		c.t.Fatal(err)
+	}
+	select {
+	case <-c.exited:
+	case <-time.After(patience):
+		c.t.Fatalf("%v: it is still there", s)
+	}
+	if c.err != nil {
+		c.t.Errorf("%v: %v\n%s", s, c.err, c.said())
+	}
+}
+
+// KubeVirt's importer reads a disk from a web server, with a password that it
+// hands over in a pipe.
+func TestCallerImporter(t *testing.T) {
+	link := asNbdkit(t)
+	dir := tempDir(t)
+	disk := bytes.Repeat([]byte("importer"), 64<<10)
+	var refused bool
+	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if user, password, _ := r.BasicAuth(); user != "someone" || password != "s3cret =x" {
+			refused = true
+			w.Header().Set("WWW-Authenticate", "Basic")
+			w.WriteHeader(http.StatusUnauthorized)
+			return
+		}
+		http.ServeContent(w, r, "disk.img", time.Time{}, bytes.NewReader(disk))
+	}))
+	defer web.Close()
+	password, write, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer password.Close()
+	fmt.Fprintln(write, "s3cret =x")
+	write.Close()
+
+	sock, pidfile := filepath.Join(dir, "nbdkit.sock"), filepath.Join(dir, "nbdkit.pid")
+	c := call(t, pidfile, link, []*os.File{password},
+		"--foreground", "--readonly", "--exit-with-parent", "-U", sock, "--pidfile", pidfile,
+		"--filter=readahead", "--filter=retry", "-r", "curl",
+		"header=User-Agent: cdi-golang-importer", "retry-exponential=no", "user=someone", "password=-3", "url="+web.URL+"/disk.img")
+	if pid, err := os.ReadFile(pidfile); err != nil || strings.TrimSpace(string(pid)) != strconv.Itoa(c.Process.Pid) {
+		t.Errorf("pidfile: got %q, %v, need %d", pid, err, c.Process.Pid)
+	}
+	copied := filepath.Join(dir, "disk.img")
+	command(t, "nbdcopy", "nbd+unix:///?socket="+sock, copied)
+	if got, err := os.ReadFile(copied); err != nil || !bytes.Equal(got, disk) {
+		t.Errorf("got %d bytes, %v, need %d equal ones", len(got), err, len(disk))
+	}
+	if refused {
+		t.Error("the web server was asked without the password")
+	}
+	c.stop(syscall.SIGTERM)
+}
+
+// For VMware the importer adds options behind the plugin, and looks for the
+// beginnings of lines.
+func TestCallerImporterVDDK(t *testing.T) {
+	link := asNbdkit(t)
+	dir := tempDir(t)
+	vddk := vddkPath(t, dir)
+	t.Setenv("NBDHOST_PLUGIN_PATH", dir)
+	if underTest() != "nbdkit" {
+		vddk = "vddk"
+	}
+
+	o := runCLI(t, dir, "", link, "--dump-plugin", vddk, "libdir=/opt/vmware-vix-disklib-distrib")
+	if o.status != 0 || !strings.Contains(o.stdout, "\nname=vddk\n") || !strings.HasSuffix(o.stdout, "\nvddk_library_version=7\n") {
+		t.Errorf("--dump-plugin: got status %d\n%s%s", o.status, o.stdout, o.stderr)
+	}
+
+	sock, pidfile := filepath.Join(dir, "nbdkit.sock"), filepath.Join(dir, "nbdkit.pid")
+	c := call(t, pidfile, link, nil,
+		"--foreground", "--readonly", "--exit-with-parent", "-U", sock, "--pidfile", pidfile,
+		"--filter=readahead", "--filter=retry", vddk, "libdir=/opt/vmware-vix-disklib-distrib", "file=[ds] vm/disk.vmdk",
+		"--verbose", "-D", "nbdkit.backend.datapath=0", "-D", "vddk.datapath=0")
+	command(t, "nbdcopy", "nbd+unix:///?socket="+sock, filepath.Join(dir, "copy"))
+	c.stop(syscall.SIGTERM)
+	log := c.said()
+	for _, want := range []string{
+		`(?m)^nbdkit: debug: VMware VixDiskLib`,
+		`(?m)^nbdkit: vddk\[1\]: debug: DISKLIB-LINK  : Opened `,
+	} {
+		if !regexp.MustCompile(want).MatchString(log) {
+			t.Errorf("no line like %s in\n%s", want, log)
+		}
+	}
+	if strings.Contains(log, "pread count") || strings.Contains(log, "VixDiskLib: Read") {
+		t.Errorf("the data path shows up:\n%s", log)
+	}
+}
+
+// vddkPath compiles a plugin that is called vddk into dir.
+func vddkPath(t *testing.T, dir string) string {
+	t.Helper()
+	path := filepath.Join(dir, "nbdkit-vddk-plugin.so")
+	copyFile(t, path, fixture(t, "vddk"))
+	return path
+}
+
+// Some give -D and its value as one argument, which then begins with a space. A flag that
+// nobody takes is worth a warning, no more.
+func TestCallerOneArgument(t *testing.T) {
+	link := asNbdkit(t)
+	dir := tempDir(t)
+	o := runCLI(t, dir, "", link, "-U", "-", "-D vddk.datapath=0", "memory", "1M", "--run", `nbdinfo --size "$uri"`)
+	if o.status != 0 || o.stdout != "1048576\n" || !strings.Contains(o.stderr, "nbdkit: warning: debug flag -D ") {
+		t.Errorf("got %+v", o)
+	}
+}
+
+// virt-v2v asks what there is before it starts anything.
+func TestCallerVirtV2V(t *testing.T) {
+	onlyNbdhost(t)
+	link := asNbdkit(t)
+	dir := tempDir(t)
+	ask := func(args ...string) string {
+		t.Helper()
+		o := runCLI(t, dir, "", link, args...)
+		if o.status != 0 || o.stderr != "" {
+			t.Errorf("%q: got status %d: %s", args, o.status, o.stderr)
+		}
+		return o.stdout
+	}
+	if got := ask("--version"); !regexp.MustCompile(`^nbdkit 1\.48\.\d+ \(nbdhost \d`).MatchString(got) {
+		t.Errorf("--version: got %q", got)
+	}
+	config := map[string]string{}
+	for _, l := range strings.Split(ask("--dump-config"), "\n") {
+		key, value, _ := strings.Cut(l, "=")
+		config[key] = value
+	}
+	if v := regexp.MustCompile(`^1\.(\d+)\.\d+$`).FindStringSubmatch(config["version"]); v == nil || v[1] < "44" || config["version_minor"] != v[1] {
+		t.Errorf("--dump-config: got version=%s, version_minor=%s, need 1.44 at least", config["version"], config["version_minor"])
+	}
+	if s := config["selinux"]; s != "yes" && s != "no" {
+		t.Errorf("--dump-config: got selinux=%s", s)
+	}
+	options := strings.Fields(ask("--long-options"))
+	for _, o := range []string{"--name", "--threads", "--selinux-label", "--timeout", "--print-uri", "--keepalive"} {
+		if !slices.Contains(options, o) {
+			t.Errorf("--long-options has no %s", o)
+		}
+	}
+	if got := ask("file", "--version"); !strings.HasPrefix(got, "nbdkit 1.48.") || !strings.Contains(got, "\nfile ") {
+		t.Errorf("file --version: got %q", got)
+	}
+	if got := ask("curl", "--help"); !strings.Contains(got, "\ncookie-script=") {
+		t.Errorf("curl --help: got %q", got)
+	}
+	if got := ask("null", "--filter=cow", "--help"); !strings.Contains(got, "filter: cow ") || !strings.Contains(got, "cow-on-read=") {
+		t.Errorf("--filter=cow --help: got %q", got)
+	}
+	if got := ask("file", "--dump-plugin"); !strings.Contains(got, "\nname=file\n") {
+		t.Errorf("--dump-plugin: got %q", got)
+	}
+
+	sock, pidfile := filepath.Join(dir, "in0"), filepath.Join(dir, "nbdkit1.pid")
+	writeFile(t, filepath.Join(dir, "disk"), strings.Repeat("x", 4096), 0o644)
+	c := call(t, pidfile, link, nil, "--exit-with-parent", "--foreground", "--pidfile", pidfile, "--unix", sock,
+		"--name", "in0", "--threads", "16", "-D", "nbdkit.backend.datapath=0", "--verbose", "--filter", "cow",
+		"file", "file="+filepath.Join(dir, "disk"))
+	if got := command(t, "nbdinfo", "--size", "nbd+unix:///?socket="+sock); got != "4096\n" {
+		t.Errorf("got size %q", got)
+	}
+	c.stop(syscall.SIGTERM)
+	if !strings.Contains(c.said(), "nbdkit[in0]: debug: ") {
+		t.Errorf("no line with the name:\n%s", c.said())
+	}
+}
+
+// A CSI driver relies on the program's end: the server is ready then, with its
+// process ID written, and goes on by itself.
+func TestCallerCSI(t *testing.T) {
+	onlyNbdhost(t) // nbdkit's starting process may end before the pidfile is there
+	link := asNbdkit(t)
+	dir := tempDir(t)
+	sock, pidfile, log := filepath.Join(dir, "sock"), filepath.Join(dir, "pid"), filepath.Join(dir, "log")
+	o := runCLI(t, dir, "", link, "--log="+log, "-U", sock, "-P", pidfile, "memory", "1M")
+	if o.status != 0 || o.stdout != "" || o.stderr != "" {
+		t.Fatalf("got %+v", o)
+	}
+	b, err := os.ReadFile(pidfile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	pid, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	killed := false
+	defer func() {
+		if !killed {
+			syscall.Kill(pid, syscall.SIGKILL)
+		}
+	}()
+	if got := command(t, "nbdinfo", "--size", "nbd+unix:///?socket="+sock); got != "1048576\n" {
+		t.Errorf("got size %q", got)
+	}
+	if st, err := syscall.Getpgid(pid); err != nil || st == syscall.Getpgrp() {
+		t.Errorf("the server is in the group of who started it: %d, %v", st, err)
+	}
+	watch := pidfd(t, pid)
+	if err := syscall.Kill(pid, syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if !watch.ended() {
+		t.Fatal("it is still there")
+	}
+	killed = true
+	// Where it cannot start the caller is told, at once.
+	if o := runCLI(t, dir, "", link, "-U", filepath.Join(dir, "sock2"), "-P", filepath.Join(dir, "pid2"), "memory"); o.status != 1 || o.stderr == "" {
+		t.Errorf("without a size: got %+v", o)
+	}
+	if _, err := os.Stat(filepath.Join(dir, "pid2")); err == nil {
+		t.Error("there is a pidfile of a server that never was")
+	}
+}
