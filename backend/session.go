@@ -69,6 +69,9 @@ func (s *Session) OpenNext(c *Call, readonly bool, export string) (*Session, err
 // that was there: that is now the caller's to finalize and close.
 func (s *Session) SetNext(next *Session) (previous *Session) { return s.next.Swap(next) }
 
+// DropNext takes next away if it is below this session.
+func (s *Session) DropNext(next *Session) { s.next.CompareAndSwap(next, nil) }
+
 // below returns the next session.
 func (s *Session) below(c *Call, op Callback) (*Session, error) {
 	if next := s.next.Load(); next != nil {

@@ -6,6 +6,7 @@ package cshim
 import "C"
 
 import (
+	"sync/atomic"
 	"syscall"
 	"unsafe"
 
@@ -35,7 +36,8 @@ type Below interface {
 type OpenFilter interface {
 	// OpenNext is the next of .open.
 	OpenNext(worker int, readonly bool, export string) Result
-	// SetNext is nbdkit_context_set_next(3); next and previous may be nil.
+	// SetNext is nbdkit_context_set_next(3); next and previous may be nil, and
+	// previous may have been freed.
 	SetNext(next *Next) (previous *Next)
 }
 
@@ -137,8 +139,9 @@ func (f *FilterContext) Free() {
 // nbdkit_next_ops.
 type Next struct {
 	Session NextSession
-	c       C.nbdhost_next
+	c       C.nbdhost_next // not to be followed once it is freed
 	handle  uint64
+	freed   atomic.Bool
 }
 
 // NewNext makes the object for s, in the layout of the filter that is given it.
@@ -154,16 +157,24 @@ func NewNext(s NextSession, r abi.Release) *Next {
 
 // Free frees the object once its session has been closed.
 func (n *Next) Free() {
+	n.freed.Store(true)
 	nexts.remove(n.handle)
 	C.nbdhost_filter_object_free(unsafe.Pointer(n.c))
-	n.c = nil
 }
 
 func (n *Next) ptr() C.nbdhost_next {
-	if n == nil {
+	if n == nil || n.freed.Load() {
 		return nil
 	}
 	return n.c
+}
+
+// address is where the object is or was: filters compare it.
+func (n *Next) address() unsafe.Pointer {
+	if n == nil {
+		return nil
+	}
+	return unsafe.Pointer(n.c)
 }
 
 // Calls into filters. A nil *Next is NULL: nothing is open below.
@@ -366,7 +377,7 @@ func nbdhost_go_context(q *C.struct_nbdhost_request) {
 				return
 			}
 		}
-		q.ptr = unsafe.Pointer(o.SetNext(next).ptr())
+		q.ptr = o.SetNext(next).address()
 		q.ret = 0
 	}
 }

@@ -8,9 +8,15 @@ import (
 	"nbdhost/backend"
 )
 
-// Dump lets a filter write what it has to say when --dump-plugin is used. It prints
-// to C's standard output.
-func (f *Filter) Dump() { f.dump() }
+// Dump writes what --dump-plugin prints of a filter after the plugin and the filters
+// below, as [Plugin.Dump] does.
+func (f *Filter) Dump(w io.Writer) error {
+	if _, err := fmt.Fprintf(w, "%[1]s_path=%[2]s\n%[1]s_name=%[1]s\n", f.name, realPath(f.path)); err != nil {
+		return err
+	}
+	f.dump()
+	return nil
+}
 
 // Dump writes what PLUGIN --dump-plugin prints, key=value lines which programs
 // parse (nbdkit-probing(1)), and then calls .dump_plugin, which prints to C's standard

@@ -198,7 +198,7 @@ func (h *filterHandle) free() {
 func (h *filterHandle) openNext(c *backend.Call, readonly bool, export string) error {
 	s, err := h.s.OpenNext(c, readonly, export)
 	if err == nil {
-		h.next.Store(h.f.newNext(s, h.conn))
+		h.SetNext(h.f.newNext(s, h.conn))
 	}
 	return err
 }
@@ -212,7 +212,9 @@ func (h *filterHandle) OpenNext(worker int, readonly bool, export string) cshim.
 func (h *filterHandle) SetNext(next *cshim.Next) (previous *cshim.Next) {
 	var s *backend.Session
 	if next != nil {
-		s = next.Session.(*nextSession).s
+		n := next.Session.(*nextSession)
+		n.over.Store(h.s)
+		s = n.s
 	}
 	h.s.SetNext(s)
 	return h.next.Swap(next)
@@ -371,7 +373,7 @@ func (b below) Open(conn uint64, worker int, readonly bool, export string, share
 // newNext makes what the filter is given for a session of the next layer, which
 // belongs to conn.
 func (f *Filter) newNext(s *backend.Session, conn *backend.Conn) *cshim.Next {
-	n := cshim.NewNext(&nextSession{s, conn}, f.raw.Release)
+	n := cshim.NewNext(&nextSession{s: s, conn: conn}, f.raw.Release)
 	s.OnClose = n.Free
 	return n
 }
@@ -380,6 +382,7 @@ func (f *Filter) newNext(s *backend.Session, conn *backend.Conn) *cshim.Next {
 type nextSession struct {
 	s    *backend.Session
 	conn *backend.Conn
+	over atomic.Pointer[backend.Session] // the filter's, if it was ever put below one
 }
 
 func (n *nextSession) call(worker int) *backend.Call { return n.conn.Call(worker) }
@@ -388,7 +391,15 @@ func (n *nextSession) Prepare(worker int) cshim.Result { return answer(n.s.Prepa
 func (n *nextSession) Finalize(worker int) cshim.Result {
 	return answer(n.s.Finalize(n.call(worker)))
 }
-func (n *nextSession) Close(worker int) { n.s.Close(n.call(worker)) }
+
+// Close takes the session away from where it is, since a filter may close it first
+// and say so later.
+func (n *nextSession) Close(worker int) {
+	if over := n.over.Load(); over != nil {
+		over.DropNext(n.s)
+	}
+	n.s.Close(n.call(worker))
+}
 
 func (n *nextSession) GetSize(worker int) cshim.Result {
 	size, err := n.s.Size(n.call(worker))

@@ -205,7 +205,9 @@ func serveLoaded(o *options, start *starter, stdout io.Writer, out *logHandler,
 			return 1, err
 		}
 		for _, f := range slices.Backward(filters) {
-			f.Dump()
+			if err := f.Dump(stdout); err != nil {
+				return 1, err
+			}
 		}
 		return 0, nil
 	}
