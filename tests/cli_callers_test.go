@@ -2,7 +2,9 @@ package tests
 
 import (
 	"bytes"
+	"context"
 	"fmt"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -15,6 +17,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"nbdhost/client"
 )
 
 // These tests start the program as its callers start nbdkit, by a link of that
@@ -292,5 +296,103 @@ func TestCallerCSI(t *testing.T) {
 	}
 	if _, err := os.Stat(filepath.Join(dir, "pid2")); err == nil {
 		t.Error("there is a pidfile of a server that never was")
+	}
+}
+
+// inetd starts a server for each client, with the socket as standard input and output. The
+// plugin is told who the client is.
+func TestCallerInetd(t *testing.T) {
+	for _, program := range []string{nbdkit, asNbdkit(t)} {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		nc, err := net.Dial("tcp", l.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer nc.Close()
+		theirs, err := l.Accept()
+		if err != nil {
+			t.Fatal(err)
+		}
+		socket, err := theirs.(*net.TCPConn).File()
+		theirs.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		cmd := exec.Command(program, "-s", "info", "mode=address")
+		var stderr bytes.Buffer
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = socket, socket, &stderr
+		err = cmd.Start()
+		socket.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer cmd.Process.Kill()
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		c, err := client.New(ctx, nc, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := make([]byte, c.Size())
+		if err := c.Pread(got, 0); err != nil {
+			t.Fatal(err)
+		}
+		if want := nc.LocalAddr().String(); string(got) != want {
+			t.Errorf("%s: the client is %q, need %q", program, got, want)
+		}
+		if err := c.Disconnect(); err != nil {
+			t.Error(err)
+		}
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("%s: %v\n%s", program, err, stderr.String())
+		}
+	}
+}
+
+// A service manager hands over two sockets, of both kinds, and has names for them.
+func TestCallerServiceManager(t *testing.T) {
+	link := asNbdkit(t)
+	dir := tempDir(t)
+	tcp, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tcp.Close()
+	sock := filepath.Join(dir, "sock")
+	unix, err := net.Listen("unix", sock)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close()
+	var files []*os.File
+	for _, l := range []interface{ File() (*os.File, error) }{tcp.(*net.TCPListener), unix.(*net.UnixListener)} {
+		f, err := l.File()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		files = append(files, f)
+	}
+	pidfile := filepath.Join(dir, "pid")
+	c := call(t, pidfile, "/bin/sh", files, "-c",
+		`export LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES=nbd:local; exec "$0" "$@"`, link, "-v", "-P", pidfile, "memory", "1M")
+	for _, uri := range []string{"nbd://" + tcp.Addr().String(), "nbd+unix:///?socket=" + sock} {
+		if got := command(t, "nbdinfo", "--size", uri); got != "1048576\n" {
+			t.Errorf("%s: got size %q", uri, got)
+		}
+	}
+	c.stop(syscall.SIGTERM)
+	if _, err := os.Stat(sock); err != nil {
+		t.Errorf("the manager's socket is gone: %v", err)
+	}
+	// It waits for clients without us.
+	if nc, err := net.Dial("unix", sock); err != nil {
+		t.Error(err)
+	} else {
+		nc.Close()
 	}
 }
