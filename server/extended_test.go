@@ -19,8 +19,9 @@ import (
 type vast struct {
 	*hooked
 	size    int64
-	without backend.Callback // one that it has not got
-	pause   chan struct{}    // if not nil each call takes from it
+	without backend.Callback                           // one that it has not got
+	can     func(cb backend.Callback) (n int, ok bool) // nil for the usual answers
+	pause   chan struct{}                              // if not nil each call takes from it
 	blocks  backend.BlockSize
 	mu      sync.Mutex // guards what follows
 	fail    func(off uint64) error
@@ -29,6 +30,11 @@ type vast struct {
 }
 
 func (v *vast) Has(cb backend.Callback) bool {
+	if v.can != nil {
+		if _, ok := v.can(cb); ok {
+			return true
+		}
+	}
 	return cb == backend.BlockSizes || v.hooked.Has(cb) && (v.without == 0 || cb != v.without)
 }
 
@@ -73,6 +79,14 @@ func (v *vast) took() []string {
 }
 
 func (h vastHandle) GetSize(*backend.Call) (int64, error) { return h.v.size, nil }
+func (h vastHandle) Can(c *backend.Call, cb backend.Callback) (int, error) {
+	if h.v.can != nil {
+		if n, ok := h.v.can(cb); ok {
+			return n, nil
+		}
+	}
+	return h.Handle.Can(c, cb)
+}
 func (h vastHandle) BlockSize(*backend.Call) (backend.BlockSize, error) {
 	return h.v.blocks, nil
 }

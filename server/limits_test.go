@@ -110,6 +110,61 @@ func TestListPieces(t *testing.T) {
 	}
 }
 
+// Each transmission flag says what the module can do.
+func TestTransmissionFlags(t *testing.T) {
+	const all = protocol.FlagHasFlags | protocol.FlagSendFlush | protocol.FlagSendFUA | protocol.FlagSendTrim | protocol.FlagSendWriteZeroes |
+		protocol.FlagSendDF | protocol.FlagCanMultiConn | protocol.FlagSendCache | protocol.FlagSendFastZero
+	const writes = protocol.FlagSendFUA | protocol.FlagSendTrim | protocol.FlagSendWriteZeroes | protocol.FlagSendFastZero
+	is := func(cb backend.Callback, n int) func(backend.Callback) (int, bool) {
+		return func(asked backend.Callback) (int, bool) { return n, asked == cb }
+	}
+	for _, tt := range []struct {
+		name string
+		o    Options
+		can  func(backend.Callback) (int, bool)
+		want protocol.ExportFlags
+	}{
+		{"everything", Options{}, nil, all},
+		{"read-only server", Options{ReadOnly: true}, nil, all&^writes | protocol.FlagReadOnly},
+		{"can_write", Options{}, is(backend.CanWrite, 0), all&^writes | protocol.FlagReadOnly},
+		{"can_flush", Options{}, is(backend.CanFlush, 0), all &^ protocol.FlagSendFlush},
+		{"can_fua", Options{}, is(backend.CanFUA, backend.None), all &^ protocol.FlagSendFUA},
+		{"can_trim", Options{}, is(backend.CanTrim, 0), all &^ protocol.FlagSendTrim},
+		{"can_zero", Options{}, is(backend.CanZero, 0), all}, // zeroes are written
+		{"can_fast_zero", Options{}, is(backend.CanFastZero, 0), all &^ protocol.FlagSendFastZero},
+		{"can_multi_conn", Options{}, is(backend.CanMultiConn, 0), all &^ protocol.FlagCanMultiConn},
+		{"is_rotational", Options{}, is(backend.IsRotational, 1), all | protocol.FlagRotational},
+		{"can_cache", Options{}, is(backend.CanCache, backend.None), all &^ protocol.FlagSendCache},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			v := newVast(1 << 20)
+			v.can = tt.can
+			_, path := serveVast(t, v, tt.o)
+			if c := handshake(t, path, protocol.OptStructuredReply); c.flags != tt.want {
+				t.Errorf("got %v, need %v", c.flags, tt.want)
+			}
+		})
+	}
+}
+
+// Options that come while the server stops are refused, but for NBD_OPT_ABORT.
+func TestShutdownOptions(t *testing.T) {
+	s, _, path := serve(t, newHooked(), Options{})
+	nc := connect(t, path)
+	nc.Write(hello(structured))
+	b := make([]byte, protocol.GreetingSize+protocol.OptionReplyHeaderSize)
+	if _, err := io.ReadFull(nc, b); err != nil {
+		t.Fatal(err)
+	}
+	s.Shutdown()
+	nc.Write(append(append([]byte{}, goInfos...), option(protocol.OptAbort, nil)...))
+	got, _ := io.ReadAll(nc)
+	replies, _ := optionReplies(t, append(make([]byte, protocol.GreetingSize), got...))
+	if len(replies) != 2 || replies[0].Type != protocol.RepErrShutdown || replies[1].Type != protocol.RepAck {
+		t.Errorf("got %+v", replies)
+	}
+}
+
 // The handshake of clients without fixed newstyle, with and without zeroes, and
 // what a mask does to it.
 func TestNonFixed(t *testing.T) {
