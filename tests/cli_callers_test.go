@@ -379,7 +379,11 @@ func TestCallerServiceManager(t *testing.T) {
 	}
 	pidfile := filepath.Join(dir, "pid")
 	c := call(t, pidfile, "/bin/sh", files, "-c",
-		`export LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES=nbd:local; exec "$0" "$@"`, link, "-v", "-P", pidfile, "memory", "1M")
+		`export LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES=nbd:local; exec "$0" "$@"`, link, "-v", "-P", pidfile,
+		"eval", "get_size=echo 1M", "pread=exit 1", "get_ready=env >"+filepath.Join(dir, "env"))
+	if env, err := os.ReadFile(filepath.Join(dir, "env")); err != nil || bytes.Contains(env, []byte("LISTEN_")) {
+		t.Errorf("what the plugin runs sees the variables: %v\n%s", err, env)
+	}
 	for _, uri := range []string{"nbd://" + tcp.Addr().String(), "nbd+unix:///?socket=" + sock} {
 		if got := command(t, "nbdinfo", "--size", uri); got != "1048576\n" {
 			t.Errorf("%s: got size %q", uri, got)

@@ -10,8 +10,16 @@
 // it then starts the same program once more ([background]) and waits until that
 // says it is ready, since a Go process cannot fork. What remains happens in one
 // process, in [serve]: the plugin is opened, loaded and configured; sockets are
-// bound after .get_ready, so that no client waits for a server that may fail; and
-// the process ID file is written last, once clients are accepted.
+// bound after .get_ready, so that no client waits for a server that may fail; then
+// the command of --run starts, rights are given up, and after .after_fork clients
+// are accepted; the process ID file is written last.
+//
+// # One table
+//
+// [optionTable] is the source of parsing, --help, --man, --long-options,
+// --short-options and --complete, which the scripts of --completion call.
+// For --list and --complete each module is loaded in a process of its own, which
+// runs the program with --describe.
 //
 // # Goroutines
 //
