@@ -115,6 +115,8 @@ func FuzzConnection(f *testing.F) {
 	f.Add(hello(everything, commands()))
 	f.Add(hello(option(protocol.OptExportName, []byte("name")), commands()))
 	f.Add(hello(option(protocol.OptList, nil), option(protocol.OptStartTLS, nil), option(99, []byte("x")), option(protocol.OptAbort, nil)))
+	f.Add(append(extendedHello[:len(extendedHello):len(extendedHello)], extendedCommands()...))
+	f.Add(hello(option(1234, make([]byte, protocol.MaxOptionLength+1)), option(protocol.OptExtendedHeaders, nil), structured))
 	f.Add(hello(option(protocol.OptInfo, (&protocol.InfoRequest{Export: "x"}).AppendTo(nil)), structured,
 		option(protocol.OptListMetaContext, (&protocol.MetaContextRequest{}).AppendTo(nil))))
 	f.Fuzz(func(t *testing.T, data []byte) {
@@ -139,11 +141,50 @@ func FuzzTransmission(f *testing.F) {
 	})
 }
 
+// extendedCommands are commands with extended headers, of more than 4 GiB too.
+func extendedCommands() (b []byte) {
+	for i, r := range []protocol.Request{
+		{Type: protocol.CmdWrite, Length: 512, Flags: protocol.CmdFlagPayloadLen},
+		{Type: protocol.CmdRead, Length: 512 << 10},
+		{Type: protocol.CmdRead, Length: 2 << 20, Offset: 1},
+		{Type: protocol.CmdBlockStatus, Length: 12, Flags: protocol.CmdFlagPayloadLen},
+		{Type: protocol.CmdTrim, Length: 1 << 40},
+		{Type: protocol.CmdBlockStatus, Length: 1 << 20},
+		{Type: protocol.CmdFlush},
+		{Type: protocol.CmdCache, Length: 9, Flags: protocol.CmdFlagPayloadLen},
+		{Type: protocol.CmdDisc},
+	} {
+		r.Cookie = uint64(i)
+		b = r.AppendExtendedTo(b)
+		if r.Type == protocol.CmdBlockStatus && r.Flags != 0 {
+			b = (&protocol.BlockStatusRequest{Length: 1 << 20, ContextIDs: []uint32{baseAllocation}}).AppendTo(b)
+		} else {
+			b = append(b, make([]byte, r.PayloadLength(true))...)
+		}
+	}
+	return b
+}
+
+var extendedHello = hello(option(protocol.OptExtendedHeaders, nil), setContext, goInfos)
+
+// FuzzTransmission with extended headers, and all that is answered with holes.
+func FuzzExtendedTransmission(f *testing.F) {
+	f.Add(extendedCommands())
+	f.Fuzz(func(t *testing.T, data []byte) {
+		before := backend.BuffersInUse()
+		converseWith(t, Options{SparseReads: SparseAlways}, append(extendedHello[:len(extendedHello):len(extendedHello)], data...))
+		if n := backend.BuffersInUse(); n != before {
+			t.Errorf("%d buffers in use, %d before", n, before)
+		}
+	})
+}
+
 // A conversation cut off at every byte.
 func TestTruncation(t *testing.T) {
-	all := hello(everything, commands())
-	for n := range all {
-		converse(t, all[:n])
+	for _, all := range [][]byte{hello(everything, commands()), append(extendedHello, extendedCommands()...)} {
+		for n := range all {
+			converse(t, all[:n])
+		}
 	}
 	if n := backend.BuffersInUse(); n != 0 {
 		t.Errorf("%d buffers in use", n)
