@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -342,6 +343,54 @@ func TestPeers(t *testing.T) {
 					t.Errorf("peer: got %q by %q, want %q by %q", subject, issuer, wantSubject, wantIssuer)
 				}
 			})
+		}
+	}
+}
+
+// Files that have just changed may change again without a trace; old ones do not.
+func TestStamp(t *testing.T) {
+	young := filepath.Join(t.TempDir(), "f")
+	os.WriteFile(young, nil, 0o600)
+	for file, want := range map[string]bool{young: false, "/usr": true} {
+		if got := stampOf([]string{file}).same(stampOf([]string{file})); got != want {
+			t.Errorf("%s: got %v, want %v", file, got, want)
+		}
+	}
+	if stampOf([]string{"/usr"}).same(stampOf([]string{"/usr", "/nowhere"})) {
+		t.Error("another file makes no difference")
+	}
+}
+
+// A client cannot go on with a session of before, which was made with files that may
+// have been replaced.
+func TestNoResumption(t *testing.T) {
+	k := newKit(t)
+	for _, config := range []Config{k.x509, k.gnutls} {
+		for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
+			s := newServer(t, config)
+			client := &tls.Config{InsecureSkipVerify: true, MaxVersion: version, ServerName: "localhost",
+				ClientSessionCache: tls.NewLRUClientSessionCache(10)}
+			for range 2 {
+				a, b := sockets(t)
+				var wg sync.WaitGroup
+				wg.Go(func() {
+					c, err := s.Handshake(a)
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					c.Write([]byte("x")) // behind a ticket, if there is one
+					c.Close()
+				})
+				c := tls.Client(b, client)
+				if n, err := c.Read(make([]byte, 1)); n != 1 {
+					t.Error(err)
+				}
+				if c.ConnectionState().DidResume {
+					t.Errorf("%+v, %s: a session was resumed", config, tls.VersionName(version))
+				}
+				wg.Wait()
+			}
 		}
 	}
 }

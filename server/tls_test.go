@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -268,4 +269,48 @@ func TestTLSHandshakeFails(t *testing.T) {
 	s.want(option(protocol.OptStartTLS, nil), protocol.RepAck)
 	s.send([]byte("not a ClientHello at all"))
 	s.ended()
+}
+
+// The client does not take what lies behind the reply in plain text for the server's
+// words under TLS, and without TLS it says nothing.
+func TestTLSClient(t *testing.T) {
+	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	ack := (&protocol.OptionReplyHeader{Option: protocol.OptStartTLS, Type: protocol.RepAck}).AppendTo(nil)
+	refusal := (&protocol.OptionReplyHeader{Option: protocol.OptStartTLS, Type: protocol.RepErrPolicy}).AppendTo(nil)
+	for _, tt := range []struct {
+		flags protocol.HandshakeFlags
+		reply []byte
+		want  string
+	}{
+		{protocol.FlagFixedNewstyle, append(ack, ack...), "in plain text"},
+		{protocol.FlagFixedNewstyle, refusal, "NBD_REP_ERR_POLICY"},
+		{0, nil, "use nbd instead of nbds"},
+	} {
+		said := make(chan int64)
+		go func() {
+			nc, err := l.Accept()
+			if err != nil {
+				t.Error(err)
+			}
+			greeting := protocol.Greeting{Flags: tt.flags}
+			nc.Write(append(greeting.AppendTo(nil), tt.reply...))
+			n, _ := io.Copy(io.Discard, nc)
+			nc.Close()
+			said <- n
+		}()
+		_, err := client.Dial(context.Background(), "nbds+unix:///?socket="+l.Addr().String(), &client.Options{TLS: sealClient})
+		if err == nil || !strings.Contains(err.Error(), tt.want) {
+			t.Errorf("got %v, want an error with %q", err, tt.want)
+		}
+		if n := <-said; n > protocol.ClientFlagsSize+protocol.OptionHeaderSize {
+			t.Errorf("%s: got %d bytes of the client, want its flags and an option at most", tt.want, n)
+		}
+	}
+	if _, err := client.Dial(context.Background(), "nbds+unix:///?socket="+l.Addr().String(), nil); err == nil {
+		t.Error("nbds without Options.TLS: got no error")
+	}
 }
