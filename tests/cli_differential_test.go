@@ -57,6 +57,8 @@ var commandLines = []commandLine{
 	// Words that are no options.
 	{args: "--nosuch"}, {args: "--nosuch null"}, {args: "-Z null"}, {args: "-fZ null"}, {args: "--readonly=1 null"},
 	{args: "--port"}, {args: "-p"}, {args: "null -p"}, {args: "--p=0 null"}, {args: "--no null"},
+	{args: "--fil=cow null --vers"}, {args: "--fi cow null --version"}, {args: "-U - --ma=0 memory 1M --run 'nbdinfo $uri | head -n 1'"},
+	{args: "-U - --th 1 --reado memory 1M --run 'nbdinfo --is readonly $uri'"}, {args: "--deb x null"}, {args: "--dump null"},
 
 	// Values that are none.
 	{args: "-p foo null"}, {args: "-p 0x10 -f null"}, {args: "-p -1 null"},
@@ -219,6 +221,12 @@ func words(line string) (list []string) {
 	return list
 }
 
+// ownOptions is the list in cmd/nbdhost/options.go: what is not nbdkit's.
+var ownOptions = []string{
+	"--check", "--check-only", "--check-writes", "--completion", "--drain-timeout", "--filter-any-release", "--filter-path",
+	"--list", "--man", "--no-eh", "--no-extended-headers", "--plugin-path", "--sparse-reads",
+}
+
 // Programs look for options and keys: none may be missing, whatever the release.
 func TestKeysOfNbdkit(t *testing.T) {
 	onlyNbdhost(t)
@@ -253,6 +261,14 @@ func TestKeysOfNbdkit(t *testing.T) {
 		for _, l := range lines(r.nbdkit, "--long-options") {
 			if !slices.Contains(options, l) {
 				t.Errorf("%s: --long-options has no %s", r.name, l)
+			}
+		}
+		if r == releases(t)[len(releases(t))-1] {
+			theirs := lines(r.nbdkit, "--long-options")
+			for _, o := range options {
+				if slices.Contains(theirs, o) == slices.Contains(ownOptions, o) {
+					t.Errorf("%s: it is both nbdkit's and not, or neither: correct ownOptions here and in cmd/nbdhost", o)
+				}
 			}
 		}
 		if r.name == "bookworm" {

@@ -463,13 +463,28 @@ func fullName(name string) string {
 	return name
 }
 
+// ownOptions are those that nbdkit does not have. They do not make a beginning
+// ambiguous that nbdkit understands.
+var ownOptions = []string{
+	"check", "check-only", "check-writes", "complete", "completion", "describe", "drain-timeout", "filter-any-release",
+	"filter-path", "list", "man", "no-eh", "plugin-path", "sparse-reads",
+}
+
 // startingWith returns the first names of the options that have a name which
-// begins with prefix.
-func startingWith(prefix string) (matches []string) {
+// begins with prefix: nbdkit's, if there are any.
+func startingWith(prefix string) []string {
+	var theirs, own []string
 	for _, opt := range optionTable {
-		if slices.ContainsFunc(opt.names, func(n string) bool { return strings.HasPrefix(n, prefix) }) {
-			matches = append(matches, opt.names[0])
+		switch {
+		case !slices.ContainsFunc(opt.names, func(n string) bool { return strings.HasPrefix(n, prefix) }):
+		case slices.Contains(ownOptions, opt.names[0]):
+			own = append(own, opt.names[0])
+		default:
+			theirs = append(theirs, opt.names[0])
 		}
 	}
-	return matches
+	if len(theirs) > 0 {
+		return theirs
+	}
+	return own
 }
