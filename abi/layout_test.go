@@ -12,11 +12,17 @@ import (
 	"testing"
 )
 
-// includeDirs returns the directories with nbdkit headers: the installed ones and
-// those that NBDKIT_INCLUDE_DIRS lists, separated by colons (other releases).
+// includeDirs returns the directories with nbdkit headers: the installed ones,
+// those of the other releases' trees that tests/trees.sh has made, and those that
+// NBDKIT_INCLUDE_DIRS lists, separated by colons.
 func includeDirs(t *testing.T) []string {
+	candidates := append([]string{"/usr/include"}, filepath.SplitList(os.Getenv("NBDKIT_INCLUDE_DIRS"))...)
+	if cache, err := os.UserCacheDir(); err == nil {
+		trees, _ := filepath.Glob(filepath.Join(cache, "nbdkit-trees/*/usr/include")) // the pattern is a good one
+		candidates = append(candidates, trees...)
+	}
 	var dirs []string
-	for _, dir := range append([]string{"/usr/include"}, filepath.SplitList(os.Getenv("NBDKIT_INCLUDE_DIRS"))...) {
+	for _, dir := range candidates {
 		if _, err := os.Stat(filepath.Join(dir, "nbdkit-plugin.h")); err == nil {
 			dirs = append(dirs, dir)
 		}
