@@ -10,7 +10,7 @@ RUN_PACKAGES  = gcc libc6-dev nbdkit libnbd-bin
 TEST_PACKAGES = $(RUN_PACKAGES) binutils nbdkit-plugin-dev libnbd0 python3-libnbd qemu-utils fio \
 	e2fsprogs dosfstools mtools genisoimage strace gnutls-bin openssl
 
-.PHONY: all build run test lint fuzz bench clean
+.PHONY: all build run test lint fuzz fuzz-differential bench clean
 all: build
 
 # install PACKAGES, those of them that are missing. dpkg-query exits with an error
@@ -68,6 +68,13 @@ fuzz:
 	        $(GO) test -run '^$$' -fuzz "^$$target\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 1s $$pkg || exit 1; \
 	    done; \
 	done
+
+# Has the same random conversations with nbdkit and with nbdhost for each of several
+# plugins, all of them for FUZZTIME.
+fuzz-differential: FUZZTIME = 1h
+fuzz-differential:
+	$(call install,$(TEST_PACKAGES))
+	$(GO) test -run '^TestDifferential$$' -timeout 0 -v ./tests -args -differential $(FUZZTIME) -differential-seed $$(date +%s)
 
 # Compares nbdhost with nbdkit, qemu-nbd and the floor, on an idle machine for about
 # 20 minutes. ROWS=REGEXP chooses rows, ROUNDS=N and SECONDS=S say how often and how

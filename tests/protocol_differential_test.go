@@ -406,14 +406,18 @@ func (c *raw) listen(out *strings.Builder, v said) error {
 		}
 	}
 	if v.damaged && !structured {
-		// Nobody knows where the reply to a damaged read ends.
-		rest, err := io.ReadAll(c.r)
-		fmt.Fprintf(out, "then %x\n", rest)
+		// Nobody knows where the reply to a damaged read ends, nor in which
+		// order they come.
+		_, err := io.Copy(io.Discard, c.r)
 		return err
 	}
+	var replies []string
 	for {
 		r, err := c.nextReply()
 		if err != nil {
+			// Their order is the server's business.
+			slices.Sort(replies)
+			out.WriteString(strings.Join(replies, ""))
 			return err
 		}
 		if r.errno != 0 {
@@ -422,7 +426,7 @@ func (c *raw) listen(out *strings.Builder, v said) error {
 		if asked, ok := v.statuses[r.cookie]; ok {
 			r.data = runs(r.data, asked)
 		}
-		fmt.Fprintf(out, "cookie %d: %v %x\n", r.cookie, r.errno, r.data)
+		replies = append(replies, fmt.Sprintf("cookie %d: %v %x\n", r.cookie, r.errno, r.data))
 	}
 }
 
