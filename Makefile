@@ -7,7 +7,7 @@ BIN     = bin/nbdhost
 FUZZTIME ?= 1m
 
 RUN_PACKAGES  = gcc libc6-dev nbdkit libnbd-bin
-TEST_PACKAGES = $(RUN_PACKAGES) binutils nbdkit-plugin-dev libnbd0 python3-libnbd qemu-utils fio \
+TEST_PACKAGES = $(RUN_PACKAGES) binutils nbdkit-plugin-dev libnbd0 python3-libnbd qemu-utils qemu-system-x86 fio \
 	e2fsprogs dosfstools mtools genisoimage strace gnutls-bin openssl
 
 .PHONY: all build run test lint fuzz fuzz-differential bench clean
