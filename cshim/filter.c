@@ -453,12 +453,14 @@ nbdhost_extents_append (struct nbdkit_extents *x, const struct nbdkit_extent *e,
   return 0;
 }
 
-/* One answer about [offset, end), cut there: at least one extent. NULL: failed. */
+/* One answer about [offset, end), which may reach on, but is cut at limit: at
+ * least one extent. NULL: failed.
+ */
 static struct nbdkit_extents *
-answer (nbdhost_next next, uint64_t offset, uint64_t end, uint32_t flags,
-        int *err)
+answer (nbdhost_next next, uint64_t offset, uint64_t end, uint64_t limit,
+        uint32_t flags, int *err)
 {
-  struct nbdkit_extents *x = nbdkit_extents_new (offset, end);
+  struct nbdkit_extents *x = nbdkit_extents_new (offset, limit);
   uint64_t count = end - offset;
 
   if (x == NULL) {
@@ -495,7 +497,7 @@ nbdkit_extents_full (nbdhost_next next, uint32_t count, uint64_t offset,
     return NULL;
   }
   while (offset < end) {
-    x = answer (next, offset, end, flags & ~REQ_ONE, err);
+    x = answer (next, offset, end, end, flags & ~REQ_ONE, err);
     if (x == NULL)
       goto fail;
     *err = nbdhost_extents_append (full, x->list, x->len);
@@ -521,7 +523,7 @@ common_type (nbdhost_next next, uint64_t offset, uint64_t end, uint32_t flags,
   uint32_t type = UINT32_MAX;
 
   while (offset < end) {
-    struct nbdkit_extents *x = answer (next, offset, end, flags, err);
+    struct nbdkit_extents *x = answer (next, offset, end, end, flags, err);
 
     if (x == NULL)
       return -1;
@@ -564,7 +566,7 @@ nbdkit_extents_aligned (nbdhost_next next, uint64_t count, uint64_t offset,
   end = (offset + count + mask) & ~mask;
   if (end > (uint64_t) size)
     end = size;
-  x = answer (next, offset, end, flags, err);
+  x = answer (next, offset, end, size, flags, err);
   if (x == NULL)
     return -1;
 
@@ -592,7 +594,7 @@ nbdkit_extents_aligned (nbdhost_next next, uint64_t count, uint64_t offset,
     offset = whole;
     while (i < x->len && x->list[i].offset + x->list[i].length <= offset)
       ++i;
-    if (flags & REQ_ONE)
+    if ((flags & REQ_ONE) || offset >= end)
       break;
   }
   nbdkit_extents_free (x);

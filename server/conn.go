@@ -43,15 +43,15 @@ type conn struct {
 	sparse     sparsePolicy
 
 	// The transmission phase.
-	reader   atomic.Pointer[reader] // who has the connection; for the watcher
-	watched  atomic.Bool
-	inFlight atomic.Int32 // requests taken on, apart from the reader's own
-	workers  atomic.Int32 // goroutines that make calls, apart from the reader
-	numbers  atomic.Int32 // of tasks so far
-	jobs     chan job
-	cost     atomic.Int64 // ns that a call takes beyond what its size explains
-	slow     atomic.Bool  // calls go to workers
-	calling  sync.WaitGroup
+	reader  atomic.Pointer[reader] // who has the connection; for the watcher
+	watched atomic.Bool
+	slots   chan struct{} // holds a token for each call that is not the reader's own
+	workers int           // started so far; the reader's
+	numbers atomic.Int32  // of tasks so far
+	jobs    chan job
+	cost    atomic.Int64 // ns that a call takes beyond what its size explains
+	slow    atomic.Bool  // calls go to workers
+	calling sync.WaitGroup
 }
 
 func newConn(s *Server, id uint64, nc net.Conn) *conn {
@@ -132,7 +132,9 @@ func (c *conn) closeSession() {
 }
 
 func (c *conn) endSession() {
-	c.session.Finalize(&c.call)
+	if err := c.session.Finalize(&c.call); err != nil {
+		c.disconnect(true) // nbdkit-filter(3), .finalize
+	}
 	c.session.Close(&c.call)
 	c.session = nil
 }

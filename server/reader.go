@@ -57,6 +57,7 @@ func newReader(c *conn) *reader {
 // all replies are sent.
 func (c *conn) transmit(r *reader) {
 	c.jobs = make(chan job)
+	c.slots = make(chan struct{}, c.s.opts.Threads)
 	r.in.head = c.negotiated.RequestSize()
 	c.calling.Add(1)
 	c.start(r)
@@ -120,7 +121,7 @@ func (r *reader) wait(n int) error {
 		}
 		// The server stops. As long as something is in flight the client may
 		// go on waiting for it.
-		if r.c.inFlight.Load() == 0 {
+		if len(r.c.slots) == 0 {
 			return err
 		}
 		r.c.wakeReader(lastWords)
@@ -167,7 +168,7 @@ func (r *reader) request() (over bool, err error) {
 		}
 		payload = 0
 	}
-	if r.c.isSlow() {
+	if r.c.delegates() {
 		return false, r.delegate(int(payload))
 	}
 	if have := len(r.in.unread()); uint64(have) < payload {
@@ -295,8 +296,7 @@ func (r *reader) finishTaken() error {
 		r.c.disconnect(true)
 	}
 	r.c.sender.send(&r.out)
-	r.c.inFlight.Add(-1)
-	r.c.workers.Add(-1)
+	<-r.c.slots
 	return nil
 }
 

@@ -265,16 +265,19 @@ func readReply(t testing.TB, nc net.Conn, data int) protocol.SimpleReply {
 // serialises, those behind it must wait, but not those before it.
 func TestSlowCall(t *testing.T) {
 	for _, tt := range []struct {
-		model backend.ThreadModel
-		slow  protocol.Command
-		after int // replies that come before the slow call returns
+		model   backend.ThreadModel
+		threads int
+		slow    protocol.Command
+		after   int // replies that come before the slow call returns
 	}{
-		{backend.Parallel, protocol.CmdRead, 20},
-		{backend.Parallel, protocol.CmdWrite, 20},
-		{backend.SerializeRequests, protocol.CmdRead, 0},
-		{backend.SerializeAllRequests, protocol.CmdWrite, 0},
+		{backend.Parallel, 16, protocol.CmdRead, 20},
+		{backend.Parallel, 16, protocol.CmdWrite, 20},
+		{backend.Parallel, 2, protocol.CmdRead, 20},
+		{backend.Parallel, 1, protocol.CmdRead, 0},
+		{backend.SerializeRequests, 16, protocol.CmdRead, 0},
+		{backend.SerializeAllRequests, 16, protocol.CmdWrite, 0},
 	} {
-		t.Run(fmt.Sprintf("%v/%v", tt.model, tt.slow), func(t *testing.T) {
+		t.Run(fmt.Sprintf("%v/%d/%v", tt.model, tt.threads, tt.slow), func(t *testing.T) {
 			const magic = 1 << 20
 			h := newHooked()
 			h.model = tt.model
@@ -285,7 +288,7 @@ func TestSlowCall(t *testing.T) {
 				}
 				return nil
 			}
-			_, _, path := serve(t, h, Options{})
+			_, _, path := serve(t, h, Options{Threads: tt.threads})
 			nc := raw(t, path)
 
 			var out []byte
@@ -351,6 +354,62 @@ func TestSlowCall(t *testing.T) {
 			}
 			check(4096*19, 119)
 		})
+	}
+}
+
+// Workers that have nothing to do are not taken for calls under way.
+func TestSlowCallBesideIdleWorkers(t *testing.T) {
+	const magic = 1 << 20
+	h := newHooked()
+	arrived := make(chan struct{}, 2)
+	release := make(chan struct{})
+	h.before = func(_ *backend.Call, cb backend.Callback, off uint64) error {
+		if cb == backend.Flush || off == magic {
+			arrived <- struct{}{}
+			<-release
+		}
+		return nil
+	}
+	s, uri, _ := serve(t, h, Options{Threads: 3})
+	c := dial(t, uri, nil)
+	hold := func(n int) (done chan error) {
+		done = make(chan error, n)
+		for range n {
+			if _, err := c.AioFlush(0, func(err error) int { done <- err; return 1 }); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for range n {
+			<-arrived
+		}
+		return done
+	}
+	done := hold(3) // now there are workers
+	for range 3 {
+		release <- struct{}{}
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+	s.mu.Lock()
+	slow := &s.conns[1].slow
+	s.mu.Unlock()
+	p := make([]byte, 512)
+	for slow.Load() { // until calls are made on the reader again
+		if err := c.Pread(p, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := c.AioPread(make([]byte, 512), magic, 0, func(err error) int { done <- err; return 1 }); err != nil {
+		t.Fatal(err)
+	}
+	<-arrived
+	if err := c.Pread(p, 0); err != nil { // hangs if the connection was not taken away
+		t.Error(err)
+	}
+	close(release)
+	if err := <-done; err != nil {
+		t.Error(err)
 	}
 }
 

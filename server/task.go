@@ -111,8 +111,9 @@ func (t *task) run(payload []byte) {
 		}
 		t.err = t.split(func(n uint32, off uint64) error { return s.Zero(&t.call, n, off, flags) })
 	case protocol.CmdBlockStatus:
+		flags = 0 // FUA means nothing here
 		if req.Flags&protocol.CmdFlagReqOne != 0 {
-			flags |= backend.ReqOne
+			flags = backend.ReqOne
 		}
 		t.err = t.queryStatus(flags)
 	}

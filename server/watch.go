@@ -93,20 +93,21 @@ func (x *watched) look() bool {
 }
 
 // takeAway gives the connection to a new reader, unless the call under way of r
-// returns just now or there are as many calls as there may be.
+// returns just now.
 func (c *conn) takeAway(r *reader, state uint64) {
-	if int(c.workers.Load())+1 >= c.s.opts.Threads {
-		return
+	select {
+	case c.slots <- struct{}{}: // the call's from now on
+	default:
+		return // cannot be: the reader makes no call of its own then
 	}
 	r.moving.Lock()
 	defer r.moving.Unlock()
 	if !r.state.CompareAndSwap(state, state&^mask|taken) {
+		<-c.slots
 		return
 	}
 	// From here on the buffers of r belong to the call; what it does not need
 	// moves to the new reader.
-	c.inFlight.Add(1)
-	c.workers.Add(1)
 	c.calling.Add(1)
 	c.slow.Store(true)
 	c.cost.Store(int64(tick))

@@ -26,9 +26,11 @@ const (
 	bytesPerNanosecond = 3
 )
 
-// isSlow tells whether calls go to workers.
-func (c *conn) isSlow() bool {
-	return c.slow.Load() && c.s.opts.Threads > 1 && c.lane.Parallel()
+// delegates tells whether the next call goes to a worker: where calls take long,
+// and where as many are under way as there may be, so that the reader must wait
+// for one of them.
+func (c *conn) delegates() bool {
+	return c.slow.Load() && c.s.opts.Threads > 1 && c.lane.Parallel() || len(c.slots) == cap(c.slots)
 }
 
 // learn takes in what n calls that moved so many bytes took together.
@@ -61,21 +63,25 @@ func (r *reader) delegate(payload int) error {
 		j.payload = b
 	}
 	c := r.c
-	c.inFlight.Add(1)
+	select {
+	case c.slots <- struct{}{}:
+	default:
+		// What is ready to be sent need not wait for a call to return.
+		c.sender.send(&r.out)
+		c.slots <- struct{}{}
+	}
 	select {
 	case c.jobs <- j:
 		return nil
 	default:
 	}
-	if int(c.workers.Load()) < c.s.opts.Threads {
-		c.workers.Add(1)
+	if c.workers < c.s.opts.Threads {
+		c.workers++
 		c.calling.Add(1)
 		go c.work(j)
 		return nil
 	}
-	// All are busy: what is ready to be sent need not wait for them.
-	c.sender.send(&r.out)
-	c.jobs <- j
+	c.jobs <- j // one is about to be free: it has given up its slot
 	return nil
 }
 
@@ -103,7 +109,6 @@ func (c *conn) work(j job) {
 	for ok := true; ok; j, ok = <-c.jobs {
 		t.do(j)
 	}
-	c.workers.Add(-1)
 }
 
 func (t *task) do(j job) {
@@ -127,5 +132,5 @@ func (t *task) do(j job) {
 	}
 	c.sender.send(&t.out)
 	t.out.release() // it may be long until the next job
-	c.inFlight.Add(-1)
+	<-c.slots
 }
