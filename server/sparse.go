@@ -36,10 +36,12 @@ const (
 	// sessions see no call that they would not see otherwise. Where a probe finds
 	// that asking does not pay, twice as many pass before the next one.
 	firstProbe = 32
-	// zeroesPerNanosecond is how many bytes of zeroes are read and sent in a
-	// nanosecond, without network: a module that fills the buffer and a kernel
-	// that copies it take a third of a nanosecond a byte each.
-	zeroesPerNanosecond = 1.5
+	// zeroesPerNanosecond is how many bytes of zeroes are read, sent and
+	// received in a nanosecond, without network. Measured with this client, one
+	// read of 1 MiB at a time: a hole takes 60 us instead of 310 with the plugin
+	// memory, and 80 instead of 760 with file; this is what the quicker of the
+	// two loses. Data costs the same with the question and without.
+	zeroesPerNanosecond = 4
 )
 
 // A sparsePolicy decides for one connection which reads ask for extents.
