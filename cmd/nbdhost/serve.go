@@ -247,6 +247,9 @@ func serveLoaded(o *options, start *starter, stdout io.Writer, out *logHandler,
 		}
 		log.Debug(fmt.Sprintf("forked into background (new pid = %d)", os.Getpid()))
 	}
+	if e.conn == nil {
+		log.Debug("NBD URI: " + e.uri.String())
+	}
 	if o.printURI && e.conn == nil {
 		if err := write(stdout, uriText(e.uri.String())); err != nil {
 			e.abandon()
