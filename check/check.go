@@ -47,7 +47,7 @@ var Checks = []Check{
 	{"read.parallel", "reads that run in parallel read what they read one by one", false, (*Subject).readParallel},
 	{"extents.map", "block status covers the export, each answer with at least one extent", false, (*Subject).extentsMap},
 	{"extents.zero", "what extents call zero reads as zeroes", false, (*Subject).extentsZero},
-	{"extents.one", "asked for one extent (NBD_CMD_FLAG_REQ_ONE), anywhere, the answer agrees with the map", false, (*Subject).extentsOne},
+	{"extents.one", "asked for one extent (NBD_CMD_FLAG_REQ_ONE), anywhere, the answer is one, and reads as zeroes if it says so", false, (*Subject).extentsOne},
 	{"cache.data", "cache succeeds and changes no data", false, (*Subject).cacheData},
 
 	{"write.data", "what was written reads back, at any offset and of any length, and its neighbours stay", true, (*Subject).writeData},

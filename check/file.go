@@ -7,6 +7,7 @@ import (
 	"math"
 	"slices"
 	"strings"
+	"syscall"
 
 	"nbdhost/backend"
 )
@@ -179,7 +180,14 @@ func (s *Subject) threadModel() error {
 // session opens an export without a server between, and calls f with it. No other
 // connection is open.
 func (s *Subject) session(export string, f func(*backend.Call, *backend.Session) error) error {
-	c := &backend.Call{Conn: &backend.Conn{ID: math.MaxUint64, FD: -1}, Worker: backend.Handshake, Log: s.Log}
+	// A plugin may ask who the peer is.
+	fds, err := syscall.Socketpair(syscall.AF_UNIX, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("make socket pair: %w", err)
+	}
+	defer syscall.Close(fds[0])
+	defer syscall.Close(fds[1])
+	c := &backend.Call{Conn: &backend.Conn{ID: math.MaxUint64, FD: fds[0]}, Worker: backend.Handshake, Log: s.Log}
 	defer c.Conn.Release()
 	if err := s.chain.Preconnect(c, !s.Writes); err != nil {
 		return fmt.Errorf("preconnect: %w", err)
@@ -302,5 +310,5 @@ func (s *Subject) errors() error {
 // silent tells whether a plugin gave neither text nor number with an error.
 func silent(err error) bool {
 	var e *backend.Error
-	return errors.As(err, &e) && e.Msg == "" && e.Errno == errIO
+	return errors.As(err, &e) && e.Msg == "" && e.Errno == syscall.EIO
 }

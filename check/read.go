@@ -176,7 +176,7 @@ func (s *Subject) readConnections() error {
 		}
 		return nil
 	}
-	if s.alone() {
+	if !s.several() {
 		var spans []span
 		var first [][]byte
 		err := s.with(func(a *conn) error { spans = a.spans(); first = a.readAll(spans); return nil })
@@ -193,7 +193,7 @@ func (s *Subject) readConnections() error {
 		if err != nil {
 			return err
 		}
-		defer b.Close()
+		defer b.end()
 		spans := sharedSpans(a, b)
 		return compare(spans, a.readAll(spans), b.readAll(spans))
 	})
@@ -281,7 +281,7 @@ const inFlight = 64
 
 func (s *Subject) readParallel() error {
 	connections := 4
-	if s.alone() {
+	if !s.several() {
 		connections = 1
 	}
 	if _, err := s.serve(); err != nil {

@@ -89,7 +89,17 @@ func notes(list []string) string {
 	return " (" + strings.Join(list, "; ") + ")"
 }
 
-func oneLine(s string) string { return strings.ReplaceAll(s, "\n", "; ") }
+// maxLine bounds what is seen in a report of lines, in bytes: a language's traceback
+// has no end. JSON has all of it.
+const maxLine = 600
+
+func oneLine(s string) string {
+	s = strings.ReplaceAll(s, "\n", "; ")
+	if len(s) > maxLine {
+		s = strings.ToValidUTF8(s[:maxLine], "") + "..."
+	}
+	return s
+}
 
 func (t *text) Close() error {
 	t.printf("%d checks: %d hold, %d fail, %d skipped\n", t.done, t.done-t.failed-t.skipped, t.failed, t.skipped)

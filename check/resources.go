@@ -247,7 +247,10 @@ func (s *Subject) abandon() error {
 	if err != nil {
 		return err
 	}
-	defer c.Close()
+	defer func() {
+		c.Close()
+		<-c.served
+	}()
 	n := min((inFlightReads+c.unit-1)/c.unit*c.unit, c.usable())
 	if n == 0 {
 		return skipf("the export is empty")

@@ -16,8 +16,6 @@ import (
 	"nbdhost/server"
 )
 
-const errIO = syscall.EIO
-
 // A service is the server in this process, and where it listens.
 type service struct {
 	*server.Server
@@ -77,7 +75,8 @@ const patience = 30 * time.Second
 // A conn is a client's connection, with what the checks do to it.
 type conn struct {
 	*client.Conn
-	unit uint64 // reads and writes are multiples of it
+	unit   uint64        // reads and writes are multiples of it
+	served chan struct{} // closed when the server is through with it; nil if nobody can tell
 }
 
 // dial connects over a socket pair. The caller closes what it gets.
@@ -90,8 +89,32 @@ func (s *Subject) dial() (*conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	go v.ServeConn(there)
-	return s.negotiate(here)
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		v.ServeConn(there)
+	}()
+	c, err := s.negotiate(here)
+	if err != nil {
+		<-served
+		return nil, err
+	}
+	c.served = served
+	return c, nil
+}
+
+// end ends a connection in order, and returns when the plugin has closed its handle,
+// so that the next one does not meet it.
+func (c *conn) end() error {
+	err := c.Disconnect()
+	c.Close()
+	if c.served != nil {
+		<-c.served
+	}
+	if err != nil {
+		return fmt.Errorf("disconnect: %w", err)
+	}
+	return nil
 }
 
 // dialSocket connects over the Unix socket.
@@ -114,7 +137,7 @@ func (s *Subject) negotiate(nc net.Conn) (*conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("connect: %w", err)
 	}
-	return &conn{Conn: c, unit: uint64(max(1, c.BlockSize().Minimum))}, nil
+	return &conn{Conn: c, unit: max(1, uint64(c.BlockSize().Minimum))}, nil
 }
 
 func socketPair() (here, there net.Conn, err error) {
@@ -132,24 +155,29 @@ func socketPair() (here, there net.Conn, err error) {
 	return ends[0], ends[1], err
 }
 
-// with calls f with a connection, and ends it as a good client does.
+// with calls f with a connection, and ends it.
 func (s *Subject) with(f func(*conn) error) error {
 	c, err := s.dial()
 	if err != nil {
 		return err
 	}
-	defer c.Close()
-	if err := f(c); err != nil {
-		return err
+	err = f(c)
+	if e := c.end(); err == nil {
+		err = e
 	}
-	if err := c.Disconnect(); err != nil {
-		return fmt.Errorf("disconnect: %w", err)
-	}
-	return nil
+	return err
 }
 
-// alone tells whether the plugin serves one connection at a time.
-func (s *Subject) alone() bool { return s.chain.ThreadModel() == backend.SerializeConnections }
+// several tells whether the plugin serves several connections at a time. One that
+// serializes connections does not, and others may refuse a second client.
+func (s *Subject) several() bool {
+	if s.chain.ThreadModel() == backend.SerializeConnections {
+		return false
+	}
+	return s.with(func(*conn) error {
+		return s.with(func(*conn) error { return nil })
+	}) == nil
+}
 
 // usable is the size without what the minimum block size makes unreachable.
 func (c *conn) usable() uint64 { return c.Size() / c.unit * c.unit }

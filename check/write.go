@@ -15,39 +15,57 @@ import (
 const windowSize = 512 << 10
 
 // window calls f with a range that may be written to and what it holds, and puts
-// back afterwards what it held.
+// back afterwards what it held. Where not even a plain write reads back it says so
+// in the place of f; that is write.data's to report.
 func (s *Subject) window(needs protocol.ExportFlags, atEnd bool, f func(c *conn, w span, old []byte) error) error {
-	c, err := s.dial()
-	if err != nil {
-		return err
+	return s.scratch(needs, atEnd, func(c *conn, w span, old []byte) error {
+		probe := span{w.off, min(w.n, max(c.unit, 4096))}
+		data := noise(probe.n, 7)
+		if err := c.write(probe.off, data, 0); err != nil {
+			return skipf("nothing can be written: %v", err)
+		}
+		if err := c.expect(probe, data, "after a write"); err != nil {
+			return skipf("what is written does not read back: %v", err)
+		}
+		if err := c.write(probe.off, old[:probe.n], 0); err != nil {
+			return skipf("nothing can be written: %v", err)
+		}
+		return f(c, w, old)
+	})
+}
+
+// scratch is window without the probe.
+func (s *Subject) scratch(needs protocol.ExportFlags, atEnd bool, f func(c *conn, w span, old []byte) error) error {
+	var w span
+	var old []byte
+	err := s.with(func(c *conn) error {
+		if c.has(protocol.FlagReadOnly) {
+			return skipf("the export is read-only")
+		}
+		if !c.has(needs) {
+			return skipf("the export has no %v", needs&^c.Flags())
+		}
+		size := c.usable()
+		w = span{0, min(windowSize, size)}
+		if w.n == 0 {
+			return skipf("the export is empty")
+		}
+		w.off = (size - w.n) / 2 / (64 << 10) * (64 << 10)
+		if atEnd {
+			w.n = min(w.n, 64<<10)
+			w.off = size - w.n
+		}
+		data, err := c.readLong(w, w.n)
+		if err != nil {
+			return skipf("%v", err)
+		}
+		old = data
+		return f(c, w, old)
+	})
+	if old != nil {
+		s.restore(w, old)
 	}
-	defer c.Close()
-	if c.has(protocol.FlagReadOnly) {
-		return skipf("the export is read-only")
-	}
-	if !c.has(needs) {
-		return skipf("the export has no %v", needs&^c.Flags())
-	}
-	size := c.usable()
-	w := span{0, min(windowSize, size)}
-	if w.n == 0 {
-		return skipf("the export is empty")
-	}
-	w.off = (size - w.n) / 2 / (64 << 10) * (64 << 10)
-	if atEnd {
-		w.n = min(w.n, 64<<10)
-		w.off = size - w.n
-	}
-	old, err := c.readLong(w, w.n)
-	if err != nil {
-		return skipf("%v", err)
-	}
-	defer s.restore(w, old)
-	if err := f(c, w, old); err != nil {
-		return err
-	}
-	c.Close()
-	return nil
+	return err
 }
 
 // restore writes back what a check has overwritten. Where that fails the check has
@@ -126,7 +144,7 @@ func (c *conn) odd(w span) []span {
 }
 
 func (s *Subject) writeData() error {
-	return s.window(0, false, func(c *conn, w span, old []byte) error {
+	return s.scratch(0, false, func(c *conn, w span, _ []byte) error {
 		model := noise(w.n, 1)
 		if err := c.write(w.off, model, 0); err != nil {
 			return err
@@ -171,7 +189,7 @@ func (s *Subject) writeParallel() error {
 		model := noise(w.n, 8)
 		step := max(c.unit, 4096)
 		var mu sync.Mutex
-		var errs []error
+		var failed error
 		var all sync.WaitGroup
 		places := make(chan struct{}, inFlight)
 		for off := uint64(0); off < w.n; off += step {
@@ -179,7 +197,9 @@ func (s *Subject) writeParallel() error {
 			all.Add(1)
 			_, err := c.AioPwrite(model[off:min(off+step, w.n)], w.off+off, 0, func(err error) int {
 				mu.Lock()
-				errs = append(errs, err)
+				if failed == nil {
+					failed = err
+				}
 				mu.Unlock()
 				<-places
 				all.Done()
@@ -191,8 +211,8 @@ func (s *Subject) writeParallel() error {
 			}
 		}
 		all.Wait()
-		if err := errors.Join(errs...); err != nil {
-			return fmt.Errorf("write in parallel: %w", err)
+		if failed != nil {
+			return fmt.Errorf("write in parallel: %w", failed)
 		}
 		return c.expect(w, model, "after writes in parallel")
 	})
@@ -200,7 +220,7 @@ func (s *Subject) writeParallel() error {
 
 // kept ends c, and wants the next connection to read data.
 func (s *Subject) kept(c *conn, w span, data []byte, when string) error {
-	if err := c.Disconnect(); err != nil {
+	if err := c.end(); err != nil {
 		return err
 	}
 	return s.with(func(c *conn) error { return c.expect(w, data, when) })
@@ -230,12 +250,12 @@ func (s *Subject) flushData() error {
 }
 
 func (s *Subject) multiConn() error {
-	return s.window(protocol.FlagCanMultiConn|protocol.FlagSendFlush, false, func(a *conn, w span, old []byte) error {
-		b, err := s.dialSocket()
+	return s.window(protocol.FlagCanMultiConn|protocol.FlagSendFlush, false, func(a *conn, w span, _ []byte) error {
+		b, err := s.dial()
 		if err != nil {
-			return err
+			return fmt.Errorf("open a second connection: %w", err)
 		}
-		defer b.Close()
+		defer b.end()
 		if _, err := b.readLong(w, w.n); err != nil { // what it may keep
 			return err
 		}
