@@ -8,7 +8,9 @@ FUZZTIME ?= 1m
 
 RUN_PACKAGES  = gcc libc6-dev nbdkit libnbd-bin
 TEST_PACKAGES = $(RUN_PACKAGES) binutils nbdkit-plugin-dev libnbd0 python3-libnbd qemu-utils qemu-system-x86 fio \
-	e2fsprogs dosfstools mtools genisoimage strace gnutls-bin openssl
+	e2fsprogs dosfstools mtools genisoimage xorriso strace gnutls-bin openssl mmdebstrap \
+	nbdkit-plugin-python nbdkit-plugin-perl nbdkit-plugin-lua nbdkit-plugin-tcl nbdkit-plugin-ruby \
+	g++ mandoc groff zsh fish
 
 .PHONY: all build run test lint fuzz fuzz-differential bench clean
 all: build
@@ -37,7 +39,8 @@ run:
 	$(call install,$(RUN_PACKAGES))
 	$(MAKE) --no-print-directory build
 	@dir=$$(mktemp -d) && trap 'rm -rf "$$dir"' EXIT && trap : INT TERM && \
-	echo "serving 1 GiB of memory; in another terminal try:" && \
+	echo "serving 1 GiB of memory at nbd+unix:///?socket=$$dir/nbd.sock" && \
+	echo "in another terminal try:" && \
 	echo "    nbdinfo 'nbd+unix:///?socket=$$dir/nbd.sock'" && \
 	echo "    nbdcopy /etc/services 'nbd+unix:///?socket=$$dir/nbd.sock'" && \
 	echo "Ctrl-C stops it." && \
