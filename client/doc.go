@@ -18,6 +18,9 @@
 // a completion is fine. A buffer that was handed to a command belongs to the
 // Conn until the completion is called.
 //
+// Extended headers are asked for first, then structured replies; with the former
+// commands that carry no data may have 64 bits of length.
+//
 // When the connection is lost, every command in flight completes with an error
 // that wraps ErrDisconnected, after both goroutines have let go of all buffers.
 //

@@ -24,6 +24,16 @@
 // that wait to be sent and the requests that wait to be run. So one slow request
 // never holds up the others.
 //
+// A request of more than 4 GiB, which only clients with extended headers can make,
+// becomes several calls, and others go between them (task.go). A long read may ask
+// for the extents first, and is answered with the holes in it where that has been
+// seen to pay (sparse.go).
+//
+// What one client can make the server hold is bounded, also where it never reads
+// its replies: one buffer of input, Options.Threads calls with their payloads or
+// replies of up to 64 MiB each, as many replies that wait to be sent, and 1 MiB of
+// small ones behind them. Then no more calls are made for it.
+//
 // # Who owns what
 //
 // A reader owns its input and output buffers. While a call runs (state busy)
