@@ -1,0 +1,180 @@
+package loader
+
+import (
+	"bytes"
+	"errors"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"nbdhost/backend"
+	"nbdhost/cshim"
+)
+
+const installedFilters = "/usr/lib/x86_64-linux-gnu/nbdkit/filters/nbdkit-"
+
+// filtered starts a chain of filters, the first one outermost, over the fixture.
+func filtered(t testing.TB, filters ...*Filter) *backend.Chain {
+	t.Helper()
+	p, err := Open(compile(t, "plugin.c"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var layers []backend.Filter
+	for _, f := range filters {
+		layers = append(layers, f)
+	}
+	ch := backend.NewChain(p, nil, backend.Trace{}, layers...)
+	ch.Load()
+	t.Cleanup(ch.Unload)
+	for _, step := range []func() error{ch.ConfigComplete, func() error { return ch.SetThreadModel(backend.Parallel) }, ch.GetReady, ch.AfterFork} {
+		if err := step(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Cleanup(ch.Cleanup)
+	return ch
+}
+
+func openFilter(t testing.TB, path string) *Filter {
+	t.Helper()
+	f, err := OpenFilter(path, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f
+}
+
+// A filter may call next on threads of its own, and share one session of it; what it
+// does wrong is an error and no more.
+func TestFilterThreads(t *testing.T) {
+	ch := filtered(t, openFilter(t, compile(t, "filter.c", "-pthread")))
+	var wg sync.WaitGroup
+	for range 4 {
+		c := connect(t)
+		s, err := ch.Open(c, false, "x")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Prepare(c); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Caps(c); err != nil {
+			t.Fatal(err)
+		}
+		wg.Go(func() {
+			call := c.Conn.Call(0)
+			buf, err := backend.GetBuffer(512)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer buf.Release()
+			for range 50 {
+				for off, errno := range map[uint64]syscall.Errno{0: 0, 512: 0, 1024: syscall.EBADF, 2048: syscall.EINVAL} {
+					if err := s.Pread(call, buf.B[:512], off); errno == 0 && err != nil || errno != 0 && !errors.Is(err, errno) {
+						t.Errorf("at %d: got %v, need %v", off, err, errno)
+					}
+				}
+			}
+		})
+		t.Cleanup(func() { s.Finalize(c); s.Close(c) })
+	}
+	wg.Wait()
+	if _, errs := logged(); strings.Contains(errs, "panic") {
+		t.Error(errs)
+	}
+}
+
+func TestOpenFilterFails(t *testing.T) {
+	for _, tt := range []struct {
+		name, path string
+		want       error
+		text       string
+	}{
+		{"plugin", compile(t, "plugin.c"), ErrNotFilter, "leave --filter out"},
+		{"plain library", compile(t, "bad.c", "-DINIT=other_init"), ErrNotFilter, "no function filter_init"},
+		{"NULL", compile(t, "bad.c", "-DINIT=filter_init", "-DRETURN=NULL"), ErrNotFilter, "returned NULL"},
+		{"another API", compile(t, "bad.c", "-DINIT=filter_init"), ErrVersion, "need 6"},
+	} {
+		if _, err := OpenFilter(tt.path, false); !errors.Is(err, tt.want) || !strings.Contains(err.Error(), tt.text) {
+			t.Errorf("%s: got %v, need %v (%s)", tt.name, err, tt.want, tt.text)
+		}
+	}
+}
+
+// Every installed filter loads, and asks for nothing that is not there.
+func TestInstalledFilters(t *testing.T) {
+	for _, name := range debianModules[FilterKind] {
+		found, err := Find(FilterKind, name)
+		if err != nil {
+			continue // of a later release
+		}
+		f, err := OpenFilter(found.Path, false)
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		var b bytes.Buffer
+		if !strings.HasPrefix(f.Help(), "filter: "+f.Name()+" (") || f.Version() == "" || f.Dump(&b) != nil ||
+			!strings.Contains(b.String(), f.Name()+"_path="+realPath(found.Path)) {
+			t.Errorf("%s: got %q, %q, %q", name, f.Help(), f.Version(), b.String())
+		}
+	}
+}
+
+// Handles of C objects that are gone are found out, and never come back.
+func TestObjectsAreFreed(t *testing.T) {
+	live := cshim.LiveObjects()
+	t.Run("chain", func(t *testing.T) {
+		ch := filtered(t, openFilter(t, installedFilters+"nofilter-filter.so"), openFilter(t, installedFilters+"readahead-filter.so"))
+		for range 3 {
+			c := connect(t)
+			s, err := ch.Open(c, true, "x")
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := s.Prepare(c); err != nil {
+				t.Fatal(err)
+			}
+			if err := s.Finalize(c); err != nil {
+				t.Fatal(err)
+			}
+			s.Close(c)
+		}
+	})
+	if n := cshim.LiveObjects(); n != live {
+		t.Errorf("%d objects in C, %d before", n, live)
+	}
+}
+
+func BenchmarkPreadThroughFilters(b *testing.B) {
+	for _, n := range []int{1, 3, 8} {
+		b.Run(map[int]string{1: "filters=1", 3: "filters=3", 8: "filters=8"}[n], func(b *testing.B) {
+			f := compile(b, "forward.c")
+			var filters []*Filter
+			for range n {
+				filters = append(filters, openFilter(b, f))
+			}
+			ch := filtered(b, filters...)
+			c := connect(b)
+			s, err := ch.Open(c, false, "x")
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer s.Close(c)
+			buf, err := backend.GetBuffer(4096)
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer buf.Release()
+			b.ReportAllocs()
+			for b.Loop() {
+				if err := s.Pread(c, buf.B[:4096], 0); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
