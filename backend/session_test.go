@@ -247,7 +247,7 @@ func TestBounceInPieces(t *testing.T) {
 	r := newRecorder(Pwrite)
 	r.size = size
 	s, c := open(t, r, false)
-	if err := s.Zero(c, 2*bounceSize+5, 1000, FUA&0); err != nil {
+	if err := s.Zero(c, 2*bounceSize+5, 1000, 0); err != nil {
 		t.Fatal(err)
 	}
 	want := fmt.Sprintf("get_size, pwrite %d@1000 zeroes, pwrite %d@%d zeroes, pwrite 5@%d zeroes",

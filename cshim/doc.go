@@ -9,6 +9,11 @@
 //     modules. Each is one crossing: it sets the state of the call (connection,
 //     worker, no error), calls, and collects the result in the same C function.
 //
+// Filters add to both: what they call next is C too, tables of functions that make
+// one request each of the Go values ([Below], [OpenFilter], [NextSession]) whose
+// handles are in the C objects that filters hold. A handle is never used again, so
+// that a filter which uses an object too late gets an error.
+//
 // There is no policy here: no fallback, no range check, nothing is cached.
 //
 // # Lifecycle

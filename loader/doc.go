@@ -2,7 +2,8 @@
 // each as a [backend.Backend].
 //
 // [Find] turns a name into a file, [Open] loads a plugin from it and checks it,
-// and the [Plugin] is then handed to [backend.NewChain], which takes it through
+// [OpenFilter] does the same for a filter, of any release of nbdkit that package abi
+// knows, and the [Plugin] and its filters are then handed to [backend.NewChain], which takes it through
 // its life cycle. A module is never unloaded from memory: threads of its own and
 // of the libraries it brought may still run in it.
 //
