@@ -14,11 +14,14 @@ import (
 type SparseReads int
 
 const (
+	// SparseNever sends data only, and so never makes a call for a read that
+	// nbdkit would not make: there are plugins whose .extents crashes on the
+	// ranges that reads have.
+	SparseNever SparseReads = iota
 	// SparseAuto asks for the extents where that has paid: it measures now and
 	// then what the question costs and how much of what is read is zero.
-	SparseAuto   SparseReads = iota
-	SparseNever              // data only
-	SparseAlways             // ask before every read of at least sparseSize
+	SparseAuto
+	SparseAlways // ask before every read of at least sparseSize
 )
 
 const (
