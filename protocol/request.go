@@ -100,8 +100,10 @@ type Negotiated struct {
 	ExtendedHeaders   bool
 	MetaContexts      bool // at least one context was selected
 	// BlockSize is what the client asked for and was told on its way into the
-	// transmission phase, and so has to abide by; zero where it did not ask.
+	// transmission phase; zero where it did not ask.
 	BlockSize BlockSizeInfo
+	// StrictBlockSize refuses requests that break BlockSize.
+	StrictBlockSize bool
 }
 
 // RequestSize is the size in bytes of a request's header.
@@ -208,6 +210,9 @@ func (n *Negotiated) Validate(r *Request) error {
 // validateBlockSize holds a client to the block sizes that it asked for. The end
 // of the export may be shorter than a block.
 func (n *Negotiated) validateBlockSize(r *Request, spec *Spec) error {
+	if !n.StrictBlockSize {
+		return nil
+	}
 	size := &n.BlockSize
 	query := r.Type == CmdBlockStatus && r.Flags&CmdFlagPayloadLen != 0
 	if size.Minimum > 1 && spec.Range && !query {

@@ -20,6 +20,7 @@ func TestValidate(t *testing.T) {
 	query.Flags |= FlagBlockStatusPayload
 	blocks := ext
 	blocks.Size = 4096 + 100
+	blocks.StrictBlockSize = true
 	blocks.BlockSize = BlockSizeInfo{Minimum: 512, Preferred: 4096, Maximum: 2048}
 	bare := Negotiated{Size: 1 << 40, Flags: FlagHasFlags, StructuredReplies: true}
 	tests := []struct {

@@ -409,7 +409,7 @@ func (n *negotiation) moreInfo(opt protocol.Option, infos []protocol.Info) error
 			if b != (backend.BlockSize{}) {
 				m := protocol.BlockSizeInfo{Minimum: b.Min, Preferred: b.Preferred, Maximum: b.Max}
 				n.append(opt, protocol.RepInfo, m.AppendTo(nil))
-				c.negotiated.BlockSize = m
+				c.negotiated.BlockSize, c.negotiated.StrictBlockSize = m, c.s.opts.StrictBlockSize
 			}
 		}
 	}

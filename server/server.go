@@ -27,6 +27,10 @@ type Options struct {
 	// NoStructuredReplies, NoExtendedHeaders and NoMetaContexts refuse these
 	// options; without structured replies there are no extended headers either.
 	NoStructuredReplies, NoExtendedHeaders, NoMetaContexts bool
+	// StrictBlockSize refuses the requests of a client that asked for the block
+	// sizes and breaks them. Without it they go to the module, which may well
+	// know what to do, as nbdkit does (nbdkit-plugin(3), ".block_size").
+	StrictBlockSize bool
 	// SparseReads says when a read is answered with the holes in it.
 	SparseReads SparseReads
 	// Oldstyle speaks the oldstyle protocol, which has no options: every client

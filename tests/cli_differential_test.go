@@ -225,6 +225,7 @@ func words(line string) (list []string) {
 var ownOptions = []string{
 	"--check", "--check-only", "--check-writes", "--completion", "--drain-timeout", "--filter-any-release", "--filter-path",
 	"--list", "--man", "--no-eh", "--no-extended-headers", "--plugin-path", "--sparse-reads",
+	"--strict-block-size",
 }
 
 // Programs look for options and keys: none may be missing, whatever the release.

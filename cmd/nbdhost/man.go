@@ -135,6 +135,7 @@ var manualOptions = map[string]string{
 	"no-eh":              "For tests of clients.",
 	"no-mc":              "For tests of clients.",
 	"sparse-reads":       "Where the plugin knows by its extents that a part of a long read is zero, clients with structured replies are told so and nothing is read there. With auto the server measures what the question costs and how much is zero. Nbdkit never asks a plugin for its extents because of a read, and some plugins crash when they are (nbdkit's own split plugin up to release 1.42), so this is off unless it is asked for.",
+	"strict-block-size":  "The specification lets a server refuse them. Nbdkit leaves it to the plugin, or to nbdkit-blocksize-policy-filter(1).",
 	"timeout":            "A client that takes longer is disconnected.",
 	"drain-timeout":      "Clients whose requests take longer are disconnected. Idle clients do not hold up the end.",
 	"pidfile":            "An existing file is replaced. It is not removed at the end.",

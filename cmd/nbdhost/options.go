@@ -48,8 +48,10 @@ type options struct {
 	noSR, noMC    bool
 	noEH          bool
 	sparseReads   server.SparseReads
-	timeout       time.Duration // of the handshake; 0: none
-	drainTimeout  time.Duration
+	// strictBlockSize refuses requests that break the block sizes.
+	strictBlockSize bool
+	timeout         time.Duration // of the handshake; 0: none
+	drainTimeout    time.Duration
 
 	// The module.
 	pluginPath []string
@@ -194,6 +196,7 @@ var optionTable = []option{
 			o.sparseReads = when
 			return nil
 		}},
+	{groupServe, []string{"strict-block-size"}, "", "", "refuse requests that break the block sizes that a client\nwas told; without it they go to the plugin", flag(func(o *options) *bool { return &o.strictBlockSize })},
 	{groupServe, []string{"mask-handshake"}, "", "MASK", "offer only these global handshake flags",
 		func(o *options, v string) error {
 			n, err := strconv.ParseUint(v, 0, 32)
@@ -467,7 +470,7 @@ func fullName(name string) string {
 // ambiguous that nbdkit understands.
 var ownOptions = []string{
 	"check", "check-only", "check-writes", "complete", "completion", "describe", "drain-timeout", "filter-any-release",
-	"filter-path", "list", "man", "no-eh", "plugin-path", "sparse-reads",
+	"filter-path", "list", "man", "no-eh", "plugin-path", "sparse-reads", "strict-block-size",
 }
 
 // startingWith returns the first names of the options that have a name which

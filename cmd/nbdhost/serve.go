@@ -292,6 +292,7 @@ func serveClients(o *options, start *starter, out *logHandler,
 		Chain: chain, ReadOnly: o.readonly, Threads: o.threads, Log: log,
 		Oldstyle: o.oldstyle, NoStructuredReplies: o.noSR, NoExtendedHeaders: o.noEH, NoMetaContexts: o.noMC,
 		SparseReads:      o.sparseReads,
+		StrictBlockSize:  o.strictBlockSize,
 		HandshakeMask:    ^protocol.HandshakeFlags(o.handshakeMask), // the server is told what to hide
 		HandshakeTimeout: o.timeout, DrainTimeout: o.drainTimeout,
 		TLS: e.tls, TLSRequired: o.tls.mode == tlsRequire,
