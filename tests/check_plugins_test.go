@@ -1,0 +1,166 @@
+package tests
+
+import (
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"nbdhost/check"
+)
+
+var updateDocs = flag.Bool("update-docs", false, "write what the checks find into docs/check.md")
+
+// checkedPlugins are Debian's plugins, with parameters that need no network. DIR in
+// one stands for a directory of the check's own, with what setup makes in it.
+var checkedPlugins = []struct {
+	args   []string
+	finds  []string // the checks that fail
+	may    []string // those that may, as the file system has it
+	leave  []string // those that are left out
+	remark string
+}{
+	{args: []string{"curl", "url=file://DIR/image", "protocols=file", "-r"}, remark: "read-only: see below"},
+	{args: []string{"data", "1 2 @0x100000 3"}, finds: []string{"zero.no_hole"}, remark: "sparse array: zeroes are always holes"},
+	{args: []string{"eval", "get_size=echo 1M", "pread=head -c $3 /dev/zero"}},
+	{args: []string{"example1"}},
+	{args: []string{"example2", "file=DIR/image"}},
+	{args: []string{"example3"}, finds: []string{"write.fua", "flush.data"}, remark: "by design: each connection has a disk of its own, which is gone with it"},
+	{args: []string{"file", "DIR/image"}, may: []string{"zero.no_hole"}, remark: "some file systems call allocated but unwritten extents holes"},
+	{args: []string{"floppy", "DIR/dir"}},
+	{args: []string{"full", "1M"}, finds: []string{"write.data"}, remark: "by design: every write fails with ENOSPC"},
+	{args: []string{"info", "mode=exportname"}},
+	{args: []string{"iso", "DIR/dir"}},
+	{args: []string{"linuxdisk", "DIR/dir"}},
+	{args: []string{"memory", "16M"}, finds: []string{"zero.no_hole"}, remark: "sparse array: zeroes are always holes"},
+	{args: []string{"null", "1M"}, finds: []string{"write.data"}, remark: "by design: writes are dropped"},
+	{args: []string{"ondemand", "dir=DIR/disks", "size=4M"}, may: []string{"zero.no_hole"}},
+	{args: []string{"partitioning", "DIR/image"}, may: []string{"zero.no_hole"}},
+	{args: []string{"pattern", "16M"}},
+	{args: []string{"python", "DIR/disk.py"}},
+	{args: []string{"random", "16M"}, finds: []string{"write.data"}, remark: "by design: other data than its own is refused"},
+	{args: []string{"sh", "DIR/disk.sh"}},
+	{args: []string{"sparse-random", "64M"}, finds: []string{"write.data"}, remark: "by design: other data than its own is refused"},
+	{args: []string{"split", "DIR/image"}, leave: []string{"cache.data", "zero.no_hole"}, remark: "two defects: see below"},
+	{args: []string{"tmpdisk", "16M"}, finds: []string{"read.connections", "write.fua", "flush.data", "disconnect.in_flight"}, remark: "by design: each connection has a disk of its own, which is gone with it"},
+	{args: []string{"zero"}},
+}
+
+// TestCheckPlugins checks what Debian ships. docs/check.md has the findings;
+// -update-docs writes them there.
+func TestCheckPlugins(t *testing.T) {
+	onlyNbdhost(t)
+	var mu sync.Mutex
+	rows := make([]string, len(checkedPlugins))
+	t.Run("plugins", func(t *testing.T) {
+		for i, p := range checkedPlugins {
+			t.Run(p.args[0], func(t *testing.T) {
+				t.Parallel()
+				dir := tempDir(t)
+				setUpPlugins(t, dir)
+				names := slices.DeleteFunc(check.Names(), func(name string) bool { return slices.Contains(p.leave, name) })
+				args := []string{"--check-only=" + strings.Join(names, ",")}
+				if !slices.Contains(p.args, "-r") {
+					args = append(args, "--check-writes")
+				}
+				for _, a := range p.args {
+					if a != "-r" {
+						args = append(args, strings.ReplaceAll(a, "DIR", dir))
+					}
+				}
+				r := checkPlugin(t, args...)
+				got := slices.DeleteFunc(r.failed(), func(name string) bool { return slices.Contains(p.may, name) })
+				if !slices.Equal(got, p.finds) {
+					for _, c := range r.Checks {
+						if c.Saw != "" {
+							t.Logf("%s: %s", c.Name, c.Saw)
+						}
+					}
+					t.Errorf("got %q, want %q", got, p.finds)
+				}
+				finds := slices.Concat(p.finds, p.may)
+				mu.Lock()
+				defer mu.Unlock()
+				rows[i] = fmt.Sprintf("| `%s` | %s | %s |", strings.Join(p.args, " "), strings.Join(finds, ", "), p.remark)
+			})
+		}
+	})
+
+	if !slices.Contains(rows, "") { // or -run has left some out
+		documented(t, "findings", "| plugin and parameters | checks that fail | |\n|---|---|---|\n"+strings.Join(rows, "\n")+"\n")
+	}
+}
+
+// TestCheckTable: the documentation has the table of checks.
+func TestCheckTable(t *testing.T) {
+	var b strings.Builder
+	b.WriteString("| check | promise |\n|---|---|\n")
+	for _, c := range check.Checks {
+		promise := c.Promise
+		if c.Writes {
+			promise += " (with `--check-writes`)"
+		}
+		fmt.Fprintf(&b, "| %s | %s |\n", c.Name, promise)
+	}
+	documented(t, "checks", b.String())
+}
+
+// documented wants text at its place in docs/check.md, or puts it there.
+func documented(t *testing.T, place, text string) {
+	t.Helper()
+	const file = "../docs/check.md"
+	doc, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	begin, end := "<!-- "+place+" -->\n", "<!-- end of "+place+" -->\n"
+	head, rest, _ := strings.Cut(string(doc), begin)
+	got, tail, ok := strings.Cut(rest, end)
+	switch {
+	case !ok:
+		t.Fatalf("%s: has no place for the %s", file, place)
+	case *updateDocs:
+		if err := os.WriteFile(file, []byte(head+begin+text+end+tail), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	case got != text:
+		t.Errorf("%s is not what there is: run this test with -update-docs", file)
+	}
+}
+
+// setUpPlugins makes what the parameters name.
+func setUpPlugins(t *testing.T, dir string) {
+	t.Helper()
+	copyFile(t, filepath.Join(dir, "image"), testImages(t).sparse)
+	for _, name := range []string{"disks", "dir"} {
+		if err := os.Mkdir(filepath.Join(dir, name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	writeFile(t, filepath.Join(dir, "dir", "file"), "a file\n", 0o644)
+	writeFile(t, filepath.Join(dir, "disk.sh"), `case "$1" in
+get_size) echo 1M ;;
+pread) head -c $3 /dev/zero ;;
+*) exit 2 ;;
+esac
+`, 0o755)
+	writeFile(t, filepath.Join(dir, "disk.py"), `API_VERSION = 2
+disk = bytearray(1024 * 1024)
+def open(readonly):
+    return 1
+def get_size(h):
+    return len(disk)
+def pread(h, buf, offset, flags):
+    buf[:] = disk[offset:offset + len(buf)]
+def pwrite(h, buf, offset, flags):
+    disk[offset:offset + len(buf)] = buf
+def flush(h, flags):
+    pass
+def zero(h, count, offset, flags):
+    disk[offset:offset + count] = bytearray(count)
+`, 0o644)
+}
