@@ -271,28 +271,33 @@ type Extent struct {
 	Type           uint32
 }
 
-// CallExtents calls .extents for [offset, offset+count) and appends what it added
-// to dst: contiguous, from offset on, neighbours of different types, at most 1 Mi
-// of them. They may reach beyond the range, and even the disk: the caller cuts
-// them. On success there may be none: that is the module's error.
-func CallExtents(ctx *Context, worker int, fn, handle unsafe.Pointer, count uint32, offset uint64, flags uint32, dst []Extent) ([]Extent, Result) {
-	return extentList(C.nbdhost_call_extents(ctx.ptr(), C.int(worker), fn, handle, C.uint32_t(count), C.uint64_t(offset), C.uint32_t(flags)), dst)
+// CallExtents calls .extents for [offset, offset+count) and, if it succeeds, add for
+// each extent that it added: contiguous, from offset on, neighbours of different
+// types, at most 1 Mi of them. They may reach beyond the range, and even the disk:
+// the caller cuts them. On success there may be none: that is the module's error.
+// An error of add ends this and is returned.
+func CallExtents(ctx *Context, worker int, fn, handle unsafe.Pointer, count uint32, offset uint64, flags uint32, add func(offset, length uint64, typ uint32) error) (Result, error) {
+	return eachExtent(C.nbdhost_call_extents(ctx.ptr(), C.int(worker), fn, handle, C.uint32_t(count), C.uint64_t(offset), C.uint32_t(flags)), add)
 }
 
-func extentList(r C.struct_nbdhost_result, dst []Extent) ([]Extent, Result) {
+// eachExtent frees the list, which no copy is made of: block status, which clients ask
+// for as often as they read, allocates nothing in Go.
+func eachExtent(r C.struct_nbdhost_result, add func(offset, length uint64, typ uint32) error) (Result, error) {
 	res := result(r)
 	list := (*C.struct_nbdkit_extents)(res.Ptr)
 	res.Ptr = nil
 	if list == nil {
-		return dst, res
+		return res, nil
 	}
+	defer C.nbdkit_extents_free(list)
 	if res.Ret >= 0 {
 		for _, e := range unsafe.Slice(list.list, list.len) {
-			dst = append(dst, Extent{uint64(e.offset), uint64(e.length), uint32(e._type)})
+			if err := add(uint64(e.offset), uint64(e.length), uint32(e._type)); err != nil {
+				return res, err
+			}
 		}
 	}
-	C.nbdkit_extents_free(list)
-	return dst, res
+	return res, nil
 }
 
 // CallPreadV1 calls the .pread of plugin API version 1.

@@ -83,12 +83,19 @@ func TestArguments(t *testing.T) {
 		{"range", func() { ret(0, cshim.CallRange(ctx, 0, fn("range"), h, count, offset, flags)) },
 			[]uint64{15, 1, uint64(count), offset, uint64(flags)}},
 		{"extents", func() {
-			first := cshim.Extent{Offset: 9}
-			got, r := cshim.CallExtents(ctx, 0, fn("extents"), h, 100, 1000, flags, []cshim.Extent{first})
+			var got extents
+			r, err := cshim.CallExtents(ctx, 0, fn("extents"), h, 100, 1000, flags, got.add)
 			ret(0, r)
-			want := []cshim.Extent{first, {1000, 20, 1}, {1020, 1<<32 - 1, 3}}
-			if !slices.Equal(got, want) {
-				t.Errorf("got %v, need %v", got, want)
+			if want := (extents{{1000, 20, 1}, {1020, 1<<32 - 1, 3}}); err != nil || !slices.Equal(got, want) {
+				t.Errorf("got %v, %v, need %v", got, err, want)
+			}
+			// The first error is the last call.
+			n := 0
+			if _, err := cshim.CallExtents(ctx, 0, fn("extents"), h, 100, 1000, flags, func(uint64, uint64, uint32) error {
+				n++
+				return syscall.ERANGE
+			}); err != syscall.ERANGE || n != 1 {
+				t.Errorf("got %v after %d calls, need ERANGE after 1", err, n)
 			}
 		}, []uint64{16, 1, 100, 1000, uint64(flags)}},
 		{"pread_v1", func() { ret(0, cshim.CallPreadV1(ctx, 0, fn("pread_v1"), h, dp, count, offset)) },
@@ -165,14 +172,14 @@ func TestFailedLists(t *testing.T) {
 	record(t, "", false)
 	exports, r := cshim.CallListExports(nil, f("no_exports"), false, false)
 	failed(t, r, syscall.EIO, "no list")
-	dst := []cshim.Extent{{Offset: 5}}
-	extents, r := cshim.CallExtents(nil, 0, f("no_extents"), nil, 10, 0, 0, dst)
+	var list extents
+	r, err := cshim.CallExtents(nil, 0, f("no_extents"), nil, 10, 0, 0, list.add)
 	failed(t, r, syscall.ENOTSUP, "")
-	if exports != nil || !slices.Equal(extents, dst) {
-		t.Errorf("got %v, %v", exports, extents)
+	if exports != nil || list != nil || err != nil {
+		t.Errorf("got %v, %v, %v", exports, list, err)
 	}
 	// A range that no list can hold is refused before the callback sees it.
-	_, r = cshim.CallExtents(nil, 0, f("no_extents"), nil, 10, 1<<63, 0, nil)
+	r, _ = cshim.CallExtents(nil, 0, f("no_extents"), nil, 10, 1<<63, 0, nil)
 	if r.Errno != syscall.ERANGE || r.Msg == "" {
 		t.Errorf("got %+v, need ERANGE", r)
 	}
@@ -422,19 +429,28 @@ func TestQuietDebug(t *testing.T) {
 	rec.expect(t)
 }
 
+// extents collects what a callback adds.
+type extents []cshim.Extent
+
+func (x *extents) add(offset, length uint64, typ uint32) error {
+	*x = append(*x, cshim.Extent{Offset: offset, Length: length, Type: typ})
+	return nil
+}
+
 func TestAllocations(t *testing.T) {
 	f := calls()
 	_, ctx := connection(t, 1, -1, "")
 	buf := cshim.CallOpen(nil, f("get_handle"), false).Ptr // 4 bytes of C memory
 	pread, pwrite, flush, trim := f("see_pread"), f("see_pwrite"), f("see_flush"), f("see_range")
-	extents := f("see_extents")
-	dst := make([]cshim.Extent, 0, 16)
+	see := f("see_extents")
+	list := make(extents, 0, 2)
 	if n := testing.AllocsPerRun(100, func() {
 		cshim.CallPread(ctx, 0, pread, nil, buf, 4, 0, 0)
 		cshim.CallPwrite(ctx, 0, pwrite, nil, buf, 4, 0, 0)
 		cshim.CallFlush(ctx, 0, flush, nil, 0)
 		cshim.CallRange(ctx, 0, trim, nil, 4, 0, 0)
-		cshim.CallExtents(ctx, 0, extents, nil, 100, 0, 0, dst)
+		list = list[:0]
+		cshim.CallExtents(ctx, 0, see, nil, 100, 0, 0, list.add)
 	}); n != 0 {
 		t.Errorf("got %v allocations, need 0", n)
 	}
@@ -454,10 +470,11 @@ func BenchmarkPread(b *testing.B) {
 func BenchmarkExtents(b *testing.B) {
 	f := calls()
 	_, ctx := connection(b, 1, -1, "")
-	extents := f("see_extents")
-	dst := make([]cshim.Extent, 0, 16)
+	see := f("see_extents")
+	list := make(extents, 0, 2)
 	b.ReportAllocs()
 	for b.Loop() {
-		cshim.CallExtents(ctx, 0, extents, nil, 100, 0, 0, dst)
+		list = list[:0]
+		cshim.CallExtents(ctx, 0, see, nil, 100, 0, 0, list.add)
 	}
 }

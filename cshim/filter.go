@@ -272,8 +272,8 @@ func CallFilterRange(ctx *Context, worker int, fn unsafe.Pointer, n *Next, handl
 }
 
 // CallFilterExtents calls .extents, as [CallExtents].
-func CallFilterExtents(ctx *Context, worker int, fn unsafe.Pointer, n *Next, handle unsafe.Pointer, count uint32, offset uint64, flags uint32, dst []Extent) ([]Extent, Result) {
-	return extentList(C.nbdhost_filter_extents(ctx.ptr(), C.int(worker), fn, n.ptr(), handle, C.uint32_t(count), C.uint64_t(offset), C.uint32_t(flags)), dst)
+func CallFilterExtents(ctx *Context, worker int, fn unsafe.Pointer, n *Next, handle unsafe.Pointer, count uint32, offset uint64, flags uint32, add func(offset, length uint64, typ uint32) error) (Result, error) {
+	return eachExtent(C.nbdhost_filter_extents(ctx.ptr(), C.int(worker), fn, n.ptr(), handle, C.uint32_t(count), C.uint64_t(offset), C.uint32_t(flags)), add)
 }
 
 // Requests of filters.

@@ -287,16 +287,11 @@ func (h *filterHandle) ranged(c *backend.Call, cb backend.Callback, n uint32, of
 }
 
 func (h *filterHandle) Extents(c *backend.Call, n uint32, off uint64, flags backend.Flags, x *backend.Extents) error {
-	list, r := cshim.CallFilterExtents(h.ctx, c.Worker, h.f.fn[backend.GetExtents], h.next.Load(), h.ptr, n, off, uint32(flags), nil)
-	if err := h.f.outcome(backend.GetExtents, r); err != nil {
+	r, err := cshim.CallFilterExtents(h.ctx, c.Worker, h.f.fn[backend.GetExtents], h.next.Load(), h.ptr, n, off, uint32(flags), x.Add)
+	if err != nil {
 		return err
 	}
-	for _, e := range list {
-		if err := x.Add(e.Offset, e.Length, e.Type); err != nil {
-			return err
-		}
-	}
-	return nil
+	return h.f.outcome(backend.GetExtents, r)
 }
 
 // What a filter asks of the layers below.

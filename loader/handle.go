@@ -104,16 +104,11 @@ func (h *handle) Zero(c *backend.Call, n uint32, off uint64, flags backend.Flags
 }
 
 func (h *handle) Extents(c *backend.Call, n uint32, off uint64, flags backend.Flags, x *backend.Extents) error {
-	list, r := cshim.CallExtents(h.ctx, c.Worker, h.p.fn[backend.GetExtents], h.ptr, n, off, uint32(flags), nil)
-	if err := h.p.outcome(backend.GetExtents, r); err != nil {
+	r, err := cshim.CallExtents(h.ctx, c.Worker, h.p.fn[backend.GetExtents], h.ptr, n, off, uint32(flags), x.Add)
+	if err != nil {
 		return err
 	}
-	for _, e := range list {
-		if err := x.Add(e.Offset, e.Length, e.Type); err != nil {
-			return err
-		}
-	}
-	return nil
+	return h.p.outcome(backend.GetExtents, r)
 }
 
 func (h *handle) Cache(c *backend.Call, n uint32, off uint64) error {

@@ -442,13 +442,15 @@ func TestNoAllocations(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
+		var x backend.Extents
 		for name, f := range map[string]func() error{
-			"pread":  func() error { return s.Pread(c, b.B[:4096], 0) },
-			"pwrite": func() error { return s.Pwrite(c, b.B[:4096], 0, 0) },
-			"flush":  func() error { return s.Flush(c) },
-			"trim":   func() error { return s.Trim(c, 4096, 0, 0) },
-			"zero":   func() error { return s.Zero(c, 4096, 0, 0) },
-			"cache":  func() error { return s.Cache(c, 4096, 0) },
+			"pread":   func() error { return s.Pread(c, b.B[:4096], 0) },
+			"pwrite":  func() error { return s.Pwrite(c, b.B[:4096], 0, 0) },
+			"flush":   func() error { return s.Flush(c) },
+			"trim":    func() error { return s.Trim(c, 4096, 0, 0) },
+			"zero":    func() error { return s.Zero(c, 4096, 0, 0) },
+			"cache":   func() error { return s.Cache(c, 4096, 0) },
+			"extents": func() error { return s.Extents(c, 4096, 0, 0, &x) },
 		} {
 			n := testing.AllocsPerRun(100, func() {
 				if err := f(); err != nil {
