@@ -11,6 +11,8 @@ import (
 	"sync"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"nbdhost/backend"
 	"nbdhost/cshim"
 )
@@ -26,10 +28,11 @@ func TestMain(m *testing.M) {
 	if name, ok := os.LookupEnv(dumpEnv); ok {
 		Exit(dumpMain(name))
 	}
-	if err := Init(Host{Log: record}); err != nil {
+	if err := Init(Host{Log: record, Shutdown: func() { shutdown() }}); err != nil {
 		panic(err)
 	}
-	code := m.Run()
+	code := 0
+	OnMain(func() { code = m.Run() })
 	if n := cshim.LiveObjects(); n != 0 && code == 0 {
 		fmt.Fprintf(os.Stderr, "%d objects in C were not freed\n", n)
 		code = 1
@@ -75,11 +78,18 @@ func dumpMain(name string) int {
 var lines struct {
 	sync.Mutex
 	debug, errors []string
+	threads       map[int]bool // that they came from
 }
+
+// shutdown is what a module's nbdkit_shutdown(3) does.
+var shutdown = func() {}
 
 func record(level slog.Level, conn uint64, worker int, text string) {
 	lines.Lock()
 	defer lines.Unlock()
+	if lines.threads != nil {
+		lines.threads[unix.Gettid()] = true
+	}
 	if conn != 0 {
 		text = fmt.Sprintf("[%d.%d] %s", conn, worker, text)
 	}

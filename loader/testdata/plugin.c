@@ -33,6 +33,7 @@ int fixture_debug_one = 1, fixture_debug_two_three;
 static unsigned char disk[DISK];
 static char fail[64];           /* the callback that fails */
 static int fail_errno, fail_set, fail_quiet;
+static int shutdown_in_pread;
 static const char *kept_key, *kept_value;
 static struct handle { char export[32]; } handle;
 
@@ -71,6 +72,8 @@ config (const char *key, const char *value)
     fail_set = atoi (value);
   else if (strcmp (key, "quiet") == 0)
     fail_quiet = atoi (value);
+  else if (strcmp (key, "shutdown") == 0)
+    shutdown_in_pread = atoi (value);
   else if (strcmp (key, "keep") == 0) {
     kept_key = key;
     kept_value = value;
@@ -127,6 +130,8 @@ static int
 pread_ (void *h, void *buf, uint32_t count, uint64_t offset FLAGS)
 {
   ENTER ("pread", " %u@%lu flags=%u", count, (unsigned long) offset, (unsigned) F);
+  if (shutdown_in_pread)
+    nbdkit_shutdown ();
   memcpy (buf, disk + offset, count);
   return 0;
 }
