@@ -126,25 +126,39 @@ h.shutdown()
 		}},
 		{"makes system calls that signals interrupt", func(t *testing.T) {
 			s, j, g := serve(t, "interrupted")
-			done := make(chan struct{})
-			go func() {
-				defer close(done)
-				script(t, s, "", "h.pread(1, 0)\nh.shutdown()\n")
-			}()
-			var tid int
-			for tid == 0 {
-				for _, line := range j.sofar() {
-					fmt.Sscanf(line, "reading %d", &tid)
-				}
-			}
+			done := background(t, s, "h.pread(1, 0)\nh.shutdown()\n")
+			tid := thread(j, "reading %d", done)
 			for range 50 {
-				if err := syscall.Tgkill(s.pid, tid, syscall.SIGURG); err != nil {
-					t.Error(err)
+				preempt(t, s, tid)
+			}
+			g.open(1)
+			<-done
+			orderly(t, s, j)
+		}},
+		// Go's signal comes seldom: a thread in C is not meant to get it.
+		{"repeats poll and nanosleep, which Go's signal may end with EINTR", func(t *testing.T) {
+			s, j, g := serve(t, "waits")
+			done := background(t, s, "h.pread(1, 0)\nh.shutdown()\n")
+			tid := thread(j, "waiting %d", done)
+			for count(j.sofar(), "interrupted") == 0 {
+				select {
+				case <-done:
+					t.Fatalf("the call ended early: %s", s.stderr())
+				default:
+					preempt(t, s, tid)
 				}
 			}
 			g.open(1)
 			<-done
 			orderly(t, s, j)
+		}},
+		{"has a signal handler that uses 24 KiB of stack (of Go's 32)", func(t *testing.T) {
+			s, j, _ := serve(t, "handler 24576")
+			reads(t, s, 50)
+			orderly(t, s, j)
+			if n := count(j.all(), "handler: 32768 bytes, a handler's stack"); n != 200 {
+				t.Errorf("journal: got %d handlers on a stack of 32 KiB, which README.md names, want 200: %q", n, j.all())
+			}
 		}},
 		{"expects errno to be kept by the functions it calls", func(t *testing.T) {
 			s, j, _ := serve(t, "errno", "-v")
@@ -164,6 +178,42 @@ h.shutdown()
 			hazard.run(t)
 			hazardTable.record(t, hazard.name, "result", 0, "works")
 		})
+	}
+}
+
+// background runs a client, and closes the channel when it has ended.
+func background(t *testing.T, s *server, text string) <-chan struct{} {
+	t.Helper()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		script(t, s, "", text)
+	}()
+	return done
+}
+
+// thread returns the thread ID that a line of the journal has.
+func thread(j *journal, format string, done <-chan struct{}) (tid int) {
+	j.t.Helper()
+	for {
+		for _, line := range j.sofar() {
+			if n, _ := fmt.Sscanf(line, format, &tid); n == 1 {
+				return tid
+			}
+		}
+		select {
+		case <-done:
+			j.t.Fatalf("journal: got %q, want %q", j.sofar(), format)
+		default:
+		}
+	}
+}
+
+// preempt sends a thread what Go interrupts its own threads with.
+func preempt(t *testing.T, s *server, tid int) {
+	t.Helper()
+	if err := syscall.Tgkill(s.pid, tid, syscall.SIGURG); err != nil {
+		t.Fatal(err)
 	}
 }
 
