@@ -5,6 +5,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"nbdhost/client"
 )
 
 // testSessions compares, in each release, the callbacks of whole sessions, with
@@ -14,7 +16,7 @@ func testSessions(t *testing.T) {
 	type session struct {
 		name   string
 		args   []string
-		client func(t *testing.T, s *server) string
+		client func(t *testing.T, s *server, j *journal) string
 	}
 	requests := `
 def attempt(what, f):
@@ -31,12 +33,12 @@ attempt('zero', lambda: h.zero(512, 0))
 attempt('zero no hole', lambda: h.zero(512, 0, nbd.CMD_FLAG_NO_HOLE))
 attempt('cache', lambda: h.cache(512, 0))
 `
-	python := func(text string) func(*testing.T, *server) string {
-		return func(t *testing.T, s *server) string { return script(t, s, "", text) }
+	python := func(text string) func(*testing.T, *server, *journal) string {
+		return func(t *testing.T, s *server, _ *journal) string { return script(t, s, "", text) }
 	}
 	// An option at a time, without a connection's end in between.
-	options := func(text string) func(*testing.T, *server) string {
-		return func(t *testing.T, s *server) string {
+	options := func(text string) func(*testing.T, *server, *journal) string {
+		return func(t *testing.T, s *server, _ *journal) string {
 			return command(t, "/usr/bin/nbdsh", "-c", `
 h.set_opt_mode(True)
 h.add_meta_context('base:allocation')
@@ -70,9 +72,11 @@ for i in range(3):
     others.append(n)
     print(len(n.pread(512, 512 * i)))
 `)},
+		{"two connections in turn", nil, inTurn},
+		{"two connections in turn, read-only", []string{"-r"}, inTurn},
 	}
 	for _, callback := range failing {
-		sessions = append(sessions, session{"error in ." + callback, []string{"fail=" + callback}, func(t *testing.T, s *server) string {
+		sessions = append(sessions, session{"error in ." + callback, []string{"fail=" + callback}, func(t *testing.T, s *server, _ *journal) string {
 			return command(t, "/usr/bin/nbdsh", "-c", `
 try:
     h.connect_uri('`+s.uri("")+`')
@@ -92,7 +96,7 @@ if h.aio_is_ready():
 					setup: func(t *testing.T, dir string) { j = newJournal(t, dir) },
 					args:  append([]string{plugin, "journal=DIR/journal"}, se.args...),
 					client: func(t *testing.T, s *server) string {
-						out := se.client(t, s)
+						out := se.client(t, s, j)
 						allClosed(j)
 						return out
 					},
@@ -109,6 +113,50 @@ if h.aio_is_ready():
 			})
 		}
 	}
+}
+
+// inTurn has two connections open, and a third one in the place of the first. A
+// step begins when the one before has come to its end, and each request when the
+// last one on the other connection has been answered.
+func inTurn(t *testing.T, s *server, j *journal) string {
+	var out strings.Builder
+	dial := func(export string) *client.Conn {
+		c, err := client.Dial(t.Context(), s.uri(export), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		return c
+	}
+	buf := make([]byte, 512)
+	rounds := func(conns ...*client.Conn) {
+		for step, do := range []func(c *client.Conn, off uint64) error{
+			func(c *client.Conn, off uint64) error { return c.Pwrite(buf, off, 0) },
+			func(c *client.Conn, off uint64) error { return c.Pread(buf, off) },
+			func(c *client.Conn, off uint64) error { return c.Zero(512, off, 0) },
+			func(c *client.Conn, _ uint64) error { return c.Flush() },
+		} {
+			for i, c := range conns {
+				fmt.Fprintln(&out, step, i, do(c, uint64(i)<<16) == nil)
+			}
+		}
+	}
+	leave := func(c *client.Conn, closed string) {
+		// nbdkit 1.48 does not close a connection before the client does.
+		if err := c.Close(); err != nil {
+			t.Error(err)
+		}
+		j.wait(closed, 1)
+	}
+	first, second := dial("a"), dial("b")
+	rounds(first, second)
+	leave(first, "close 1")
+	third := dial("c")
+	rounds(second, third)
+	leave(third, "close 3")
+	rounds(second)
+	leave(second, "close 2")
+	return out.String()
 }
 
 // allClosed waits until what is open has been closed: nbdkit may end before.
