@@ -37,9 +37,17 @@ var differs = map[string]struct {
 		}
 		return line
 	}},
+	"nbdkit_peer_uid": {notUnix, minusOne},
+	"nbdkit_peer_gid": {notUnix, minusOne},
 	"nbdkit_timestamp": {"nbdkit's own is \"!\" in most places", func(r *release, line string) string {
 		return strings.Replace(line, "= 0 fields, 1 bytes, all 0", "= 7 fields, 26 bytes, all 1", 1)
 	}},
+}
+
+const notUnix = "nbdkit gives 4294967295, nbdhost the -1 of an error"
+
+func minusOne(_ *release, line string) string {
+	return strings.Replace(line, "= 4294967295", "= -1", 1)
 }
 
 // testFunctions has a plugin call every function in every phase of its life and on
@@ -57,14 +65,25 @@ func testFunctions(t *testing.T) {
 func functionsIn(t *testing.T, r *release, plugin string) {
 	type answers map[string][]string // by function
 	changed := map[string]bool{}     // differs was of use
-	run := func(t *testing.T, program string) answers {
+	run := func(t *testing.T, program, transport string) answers {
 		var transcript string
-		sc := scenario{args: []string{"-v", plugin, "some=parameter"},
+		args := []string{"-v", plugin, "some=parameter"}
+		if transport == "TLS" {
+			args = append([]string{"--tls=require", "--tls-certificates=DIR/server", "--tls-verify-peer"}, args...)
+		}
+		sc := scenario{args: args, tcp: transport != "a Unix socket",
+			setup: func(t *testing.T, dir string) { tlsFiles(t, dir) },
 			client: func(t *testing.T, s *server) string {
-				command(t, "nbdinfo", "--json", s.uri("asked"))
-				command(t, "nbdinfo", "--json", s.uri(""))
-				command(t, "nbdinfo", "--list", s.uri(""))
-				out := script(t, s, "other", `
+				uri := s.uri
+				if transport == "TLS" {
+					uri = func(export string) string {
+						return strings.Replace(s.tlsURI(s.dir+"/client", ""), "/?", "/"+export+"?", 1)
+					}
+				}
+				command(t, "nbdinfo", "--json", uri("asked"))
+				command(t, "nbdinfo", "--json", uri(""))
+				command(t, "nbdinfo", "--list", uri(""))
+				out, err := nbdsh(t, uri("other"), `
 print(len(h.pread(512, 0)))
 h.pwrite(b'x' * 512, 0)
 for e in (0, 1, 5, 12, 13, 22, 27, 28, 30, 75, 95, 108, 122, 200):
@@ -74,6 +93,9 @@ for e in (0, 1, 5, 12, 13, 22, 27, 28, 30, 75, 95, 108, 122, 200):
         print('nbdkit_set_error client', e, error.errno)
 h.shutdown()
 `)
+				if err != nil {
+					t.Fatal(err)
+				}
 				return out
 			},
 			after: func(t *testing.T, dir string) string {
@@ -112,35 +134,68 @@ h.shutdown()
 		}
 		return got
 	}
-	want, got := run(t, r.nbdkit), run(t, r.nbdhost)
-
-	var names []string
-	for name := range got {
-		names = append(names, name)
-	}
-	for name := range want {
-		if got[name] == nil {
-			t.Errorf("%s: no answer", name)
-		}
-	}
-	slices.Sort(names)
-	for _, name := range names {
-		t.Run(name, func(t *testing.T) {
-			w, g := strings.Join(want[name], ""), strings.Join(got[name], "")
-			switch {
-			case w == "":
-				functionTable.record(t, "`"+name+"`", r.name, 0, "new")
-				return
-			case g != w:
-				t.Errorf("%s answers unlike nbdkit's in this:\n%s", name, difference(w, g))
+	explained := map[string]bool{}
+	for rank, transport := range []string{"a Unix socket", "TCP", "TLS"} {
+		t.Run(transport, func(t *testing.T) {
+			clear(changed)
+			want, got := run(t, r.nbdkit, transport), run(t, r.nbdhost, transport)
+			var names []string
+			for name := range got {
+				names = append(names, name)
 			}
-			cell := "same"
-			if d, ok := differs[name]; ok && changed[name] {
-				cell += " (" + d.why + ")"
+			for name := range want {
+				if got[name] == nil {
+					t.Errorf("%s: no answer", name)
+				}
 			}
-			functionTable.record(t, "`"+name+"`", r.name, 0, cell)
+			slices.Sort(names)
+			for _, name := range names {
+				t.Run(name, func(t *testing.T) {
+					w, g := strings.Join(want[name], ""), strings.Join(got[name], "")
+					cell := "same"
+					switch {
+					case w == "":
+						cell = "new"
+					case g != w:
+						t.Errorf("%s answers unlike nbdkit's in this:\n%s", name, difference(w, g))
+					}
+					if rank > 0 {
+						if w == "" || !strings.HasPrefix(name, "nbdkit_peer_") && name != "nbdkit_is_tls" {
+							return // nothing to do with who is there
+						}
+						cell = "over " + transport
+					}
+					if d, ok := differs[name]; ok && changed[name] && !explained[name] {
+						cell += " (" + d.why + ")"
+						explained[name] = true
+					}
+					functionTable.record(t, "`"+name+"`", r.name, rank, cell)
+				})
+			}
 		})
 	}
+
+	// A password of "-" is asked for on the terminal, after red errors, and not shown.
+	t.Run("password", func(t *testing.T) {
+		const secret = "open sesame"
+		ask := func(program string) string {
+			dir := tempDir(t)
+			shown := terminal(t, "\x1b[0mpassword:", secret+"\n", "env", "TMPDIR="+dir, program, "-U", "-", plugin, "password=-", "--run", "true")
+			if strings.Contains(shown, secret) {
+				t.Errorf("%s: the terminal shows the password: %q", program, shown)
+			}
+			b, err := os.ReadFile(filepath.Join(dir, "transcript"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return regexp.MustCompile(`(?m)^.*\(asked for\).*$`).FindString(string(b))
+		}
+		want, got := ask(r.nbdkit), ask(r.nbdhost)
+		if got != want || !strings.HasSuffix(got, "= 0 "+secret) {
+			t.Errorf("got %q, nbdkit has %q", got, want)
+		}
+		functionTable.record(t, "`nbdkit_read_password`", r.name, 1, "asked for on a terminal")
+	})
 
 	// What ends a connection or the server: each has a server of its own.
 	for _, end := range []struct{ function, script string }{
@@ -195,7 +250,7 @@ open('DIR/begun').read()
 				}})
 			cell := map[string]string{"nbdkit_nanosleep": "ends with the connection",
 				"nbdkit_disconnect": "ends the connection", "nbdkit_shutdown": "ends the server"}[end.function]
-			functionTable.record(t, "`"+end.function+"`", r.name, 1, cell)
+			functionTable.record(t, "`"+end.function+"`", r.name, 3, cell)
 		})
 	}
 }
