@@ -1,4 +1,4 @@
-# What to type: make run, make test, make lint, make fuzz, make image.
+# What to type: make run, make install, make test, make lint, make fuzz, make image.
 # Everything installs what it needs where it may (root on Debian), and says what
 # is missing where it may not.
 
@@ -12,7 +12,7 @@ TEST_PACKAGES = $(RUN_PACKAGES) binutils nbdkit-plugin-dev libnbd0 python3-libnb
 	nbdkit-plugin-python nbdkit-plugin-perl nbdkit-plugin-lua nbdkit-plugin-tcl nbdkit-plugin-ruby \
 	python3-boto3 g++ mandoc groff zsh fish
 
-.PHONY: all build run test lint fuzz fuzz-differential bench clean
+.PHONY: all build install uninstall run test lint fuzz fuzz-differential bench clean
 all: build
 
 # install PACKAGES, those of them that are missing. dpkg-query exits with an error
@@ -33,6 +33,31 @@ endef
 
 build:
 	$(GO) build -trimpath -o $(BIN) ./cmd/nbdhost
+
+# Installs the program, its manual page and completions. PREFIX=DIR is where to
+# (/usr/local), DESTDIR=DIR is put before that for packages, and NBDKIT=yes adds a
+# link named nbdkit, for what starts nbdkit.
+PREFIX ?= /usr/local
+bindir    = $(DESTDIR)$(PREFIX)/bin
+share     = $(DESTDIR)$(PREFIX)/share
+INSTALLED = $(bindir)/nbdhost $(share)/man/man1/nbdhost.1 $(share)/bash-completion/completions/nbdhost \
+	$(share)/zsh/site-functions/_nbdhost $(share)/fish/vendor_completions.d/nbdhost.fish
+
+install: build
+	@umask 022 && mkdir -p $(dir $(INSTALLED))
+	install -m 755 $(BIN) $(bindir)/nbdhost
+	umask 022 && $(BIN) --man >$(share)/man/man1/nbdhost.1
+	umask 022 && $(BIN) --completion=bash >$(share)/bash-completion/completions/nbdhost
+	umask 022 && $(BIN) --completion=zsh >$(share)/zsh/site-functions/_nbdhost
+	umask 022 && $(BIN) --completion=fish >$(share)/fish/vendor_completions.d/nbdhost.fish
+ifeq ($(NBDKIT),yes)
+	ln -sf nbdhost $(bindir)/nbdkit
+endif
+
+# A file named nbdkit is removed only if it is the link to nbdhost.
+uninstall:
+	rm -f $(INSTALLED)
+	@if [ "$$(readlink $(bindir)/nbdkit)" = nbdhost ]; then rm $(bindir)/nbdkit; fi
 
 # Serves 1 GiB of memory on a Unix socket until Ctrl-C.
 run:

@@ -35,6 +35,31 @@ var only = map[string][]string{
 	"github.com/ebitengine/purego": {"nbdhost/loader", "nbdhost/nbdtls"},
 }
 
+// TestFilesAreListed holds doc.go to the files of this directory.
+func TestFilesAreListed(t *testing.T) {
+	t.Parallel()
+	doc, err := os.ReadFile("doc.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	files, err := os.ReadDir(".")
+	if err != nil {
+		t.Fatal(err)
+	}
+	here := map[string]bool{}
+	for _, f := range files {
+		here[f.Name()] = true
+		if name := f.Name(); !f.IsDir() && name != "doc.go" && !strings.Contains(string(doc), name) {
+			t.Errorf("doc.go does not say what %s is", name)
+		}
+	}
+	for _, word := range strings.FieldsFunc(string(doc), func(r rune) bool { return strings.ContainsRune(" ,()\t\n", r) }) {
+		if strings.HasSuffix(word, "_test.go") && !here[word] {
+			t.Errorf("doc.go has %s, which is not there", word)
+		}
+	}
+}
+
 // TestArrows keeps the packages apart.
 func TestArrows(t *testing.T) {
 	t.Parallel()

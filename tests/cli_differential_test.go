@@ -49,6 +49,13 @@ var commandLines = []commandLine{
 	{args: "-v null --dump-plugin"}, {args: "nosuch --dump-plugin"}, {args: "--dump-plugin"},
 	{args: "S3 --dump-plugin"}, {args: "/etc/passwd --dump-plugin"}, {args: "./nosuch.so --dump-plugin"},
 
+	// Some act at once: what follows is not looked at.
+	{args: "--long-options --nosuch", differs: map[string]string{"stdout": noSuchRelease}},
+	{args: "--short-options -Z", differs: map[string]string{"stdout": noSuchRelease}},
+	{args: "--short-options --long-options", differs: map[string]string{"stdout": noSuchRelease}},
+	{args: "--help --nosuch"}, {args: "--version -t x"}, {args: "-t x --long-options"}, {args: "--nosuch --short-options"},
+	{args: "-s -p 1 --short-options", differs: map[string]string{"stdout": noSuchRelease}},
+
 	// What a plugin is.
 	{args: ""}, {args: "''"}, {args: "nosuch"}, {args: "./nosuch"}, {args: "/nosuch"}, {args: "null=1"}, {args: "--"}, {args: "-f"},
 	{args: "/usr/lib/x86_64-linux-gnu/nbdkit/plugins/nbdkit-null-plugin.so --version"},
@@ -181,6 +188,7 @@ func (l *commandLine) run(t *testing.T, r *release, program string) outcome {
 	}
 	writeFile(t, filepath.Join(dir, "params"), "# a comment\n\nsize=2M\n", 0o644)
 	writeFile(t, filepath.Join(dir, "loop"), "@./loop\n", 0o644)
+	writeFile(t, filepath.Join(dir, "keys"), "alice:0011223344556677\n", 0o600)
 	// chroot leads to the root of the tree.
 	o := runCLI(t, dir, l.stdin, r.enter, slices.Concat([]string{"sh", "-c", `cd "$0" && exec "$@"`, dir, program}, words(l.args))...)
 	private := regexp.MustCompile("(" + regexp.QuoteMeta(dir) + `|/tmp)/nbd[^/ "]*/socket`)
@@ -219,6 +227,54 @@ func words(line string) (list []string) {
 		list = append(list, word.String())
 	}
 	return list
+}
+
+// With -v nbdkit says what it does. Callers look for such lines, so that each is there,
+// perhaps with more behind it.
+func TestDebugLines(t *testing.T) {
+	onlyNbdhost(t)
+	all := releases(t)
+	latest, link := all[len(all)-1], asNbdkit(t)
+	number := regexp.MustCompile(`:\d+\b|pid = \d+|nbdkit 1\.\d+\.\d+`)
+	excepted := map[string]string{
+		"nbdkit: debug: forked into background (new N": "only a server in the background is there",
+		"nbdkit: memory: debug: ":                      "each connection has a number, also that of -s",
+		"nbdkit: debug: NBD URI: nbd://localhost":      "the address and the port are those that are bound",
+	}
+	found := map[string]bool{}
+	for _, line := range []commandLine{
+		{args: "-fv -U - memory 1M --run true"},
+		{args: "-fv -U - -u nobody -g nogroup --filter=cow --filter=log null logfile=/dev/null --run true"},
+		{args: "-v -p 0 -i 127.0.0.1 --tls=off --name=x memory 1M --run true"},
+		{args: "-v -s memory 1M"},
+		{args: "-v -P pid -U - --filter=offset memory 1M offset=1K --run true"},
+		{args: "-fv -U - --tls-psk=keys memory 1M --run true"},
+	} {
+		lines := func(program string) []string {
+			o := line.run(t, latest, program)
+			return strings.Split(strings.TrimSpace(number.ReplaceAllString(o.stderr, "N")), "\n")
+		}
+		got := lines(link)
+		for _, want := range lines(nbdkit) {
+			if slices.ContainsFunc(got, func(l string) bool { return strings.HasPrefix(l, want) }) {
+				continue
+			}
+			why := ""
+			for begin := range excepted {
+				if strings.HasPrefix(strings.Replace(want, "nbdkit[x]", "nbdkit", 1), begin) {
+					why = begin
+				}
+			}
+			if found[why] = true; why == "" {
+				t.Errorf("%s: no line %q in\n%s", line.args, want, strings.Join(got, "\n"))
+			}
+		}
+	}
+	for begin, why := range excepted {
+		if !found[begin] {
+			t.Errorf("%q is there (%s): take it out of the table", begin, why)
+		}
+	}
 }
 
 // ownOptions is the list in cmd/nbdhost/options.go: what is not nbdkit's.

@@ -17,7 +17,50 @@
 //	raw_test.go         a client that sends any bytes, and reads what comes back
 //	wire_test.go        bad input from the network
 //	tls_test.go         TLS: real clients, bad files and bad clients, rotation; pki makes certificates
-//	arrows_test.go      which package may import which
+//	arrows_test.go      which package may import which; every file is in this list
+//	race_on_test.go, race_off_test.go, asan_on_test.go, asan_off_test.go
+//	                    whether the tests are under the race detector or the address sanitizer
+//
+// The command, as a drop-in for nbdkit:
+//
+//	cli_test.go         runs command lines, under the name nbdkit
+//	cli_callers_test.go what importers, virt-v2v, CSI drivers, inetd and service managers do
+//	cli_differential_test.go
+//	                    a table of command lines, right and wrong, that nbdkit runs too
+//	cli_terminal_test.go
+//	                    colours, passwords, the system log, signals
+//
+// Plugins, filters and clients of three releases of nbdkit (trees.sh makes the
+// directory trees of the others):
+//
+//	compat_test.go      the releases, and the tables of docs/compatibility.md
+//	compat_functions_test.go
+//	                    each function that plugins may call
+//	compat_languages_test.go
+//	                    plugins in each language
+//	compat_plugins_test.go
+//	                    each plugin that Debian ships
+//	compat_sessions_test.go
+//	                    whole sessions of real clients
+//	filters_test.go     each filter that Debian ships
+//	filters_trace_test.go
+//	                    what each layer sees of a request, in chains of one and of several releases
+//	hazard_test.go      plugins that do what a Go program may not like
+//	kernel_test.go      the Linux kernel's client, in a virtual machine (kernel.sh unpacks it)
+//
+// The protocol, what is promised, and what it costs:
+//
+//	protocol_clients_test.go
+//	                    extended headers with libnbd, qemu and package client
+//	protocol_differential_test.go
+//	                    random conversations, the same with nbdkit and with nbdhost
+//	protocol_doc_test.go
+//	                    docs/protocol.md names tests that exist, and all of the protocol
+//	aio_test.go         package client beside libnbd: flushes and what is durable
+//	check_test.go       --check finds each promise that a plugin breaks
+//	check_plugins_test.go
+//	                    --check on what Debian ships, and docs/check.md
+//	perf_test.go        system calls, calls into plugins and allocations of a request
 //
 // A test that compares starts /usr/bin/nbdkit and the program under test with
 // the same arguments, does the same to both and wants the same result. A

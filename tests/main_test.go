@@ -35,6 +35,8 @@ var tools = map[string]string{
 	"xorriso":                      "xorriso",
 	"gnutls-cli":                   "gnutls-bin",
 	"openssl":                      "openssl",
+	"strace":                       "strace",
+	"qemu-system-x86_64":           "qemu-system-x86",
 }
 
 func TestMain(m *testing.M) {

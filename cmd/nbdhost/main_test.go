@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -12,6 +13,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// tools are what the scripts run, and the Debian package that has it. A tool that is
+// missing is a failure, not a reason to test less.
+var tools = map[string]string{
+	"nbdkit":         "nbdkit",
+	"nbdinfo":        "libnbd-bin",
+	"/usr/bin/nbdsh": "python3-libnbd",
+	"gcc":            "gcc",
+	"make":           "make",
+	"setpriv":        "util-linux",
+	"mandoc":         "mandoc",
+	"groff":          "groff",
+	"bash":           "bash",
+	"fish":           "fish",
+	"zsh":            "zsh",
+}
+
 // In scripts, nbdhost is this test binary.
 func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){"nbdhost": main})
@@ -20,6 +37,11 @@ func TestMain(m *testing.M) {
 // The scripts in testdata. A server in the background writes its process ID to
 // $WORK/pid, so that none outlives its script.
 func TestScripts(t *testing.T) {
+	for tool, pkg := range tools {
+		if _, err := exec.LookPath(tool); err != nil {
+			t.Fatalf("find tools: %s is missing: apt-get install %s", tool, pkg)
+		}
+	}
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata",
 		Setup: func(env *testscript.Env) error {

@@ -261,7 +261,7 @@ var optionTable = []option{
 	{groupInfo, []string{"dump-plugin"}, "", "", "describe the plugin as KEY=VALUE lines and exit", flag(func(o *options) *bool { return &o.dumpPlugin })},
 	{groupInfo, []string{"help"}, "", "", "show this text, and the plugin's if one is given, and exit", flag(func(o *options) *bool { return &o.help })},
 	{groupInfo, []string{"version"}, "V", "", "show the version, and the plugin's if one is given, and exit", flag(func(o *options) *bool { return &o.version })},
-	{groupInfo, []string{"dump-config"}, "", "", "describe the program as KEY=VALUE lines and exit", flag(func(o *options) *bool { return &o.dumpConfig })},
+	{groupInfo, []string{"dump-config"}, "", "", "describe the program as KEY=VALUE lines and exit", atOnce(func(o *options) *bool { return &o.dumpConfig })},
 	{groupInfo, []string{"list"}, "", "", "show the plugins and filters that are installed and exit", flag(func(o *options) *bool { return &o.list })},
 	{groupInfo, []string{"completion"}, "", "SHELL", "write a script that completes command lines in bash, zsh or\nfish, and exit",
 		func(o *options, v string) error {
@@ -269,11 +269,11 @@ var optionTable = []option{
 				return fmt.Errorf("got %q: need bash, zsh or fish", v)
 			}
 			o.completion = v
-			return nil
+			return errAtOnce
 		}},
-	{groupInfo, []string{"man"}, "", "", "write the manual page (nbdhost --man | man -l -) and exit", flag(func(o *options) *bool { return &o.manual })},
-	{groupInfo, []string{"long-options"}, "", "", "list the long options and exit", flag(func(o *options) *bool { return &o.longOptions })},
-	{groupInfo, []string{"short-options"}, "", "", "list the short options and exit", flag(func(o *options) *bool { return &o.shortOptions })},
+	{groupInfo, []string{"man"}, "", "", "write the manual page (nbdhost --man | man -l -) and exit", atOnce(func(o *options) *bool { return &o.manual })},
+	{groupInfo, []string{"long-options"}, "", "", "list the long options and exit", atOnce(func(o *options) *bool { return &o.longOptions })},
+	{groupInfo, []string{"short-options"}, "", "", "list the short options and exit", atOnce(func(o *options) *bool { return &o.shortOptions })},
 
 	// For the program itself, and for what --completion writes.
 	{"", []string{"describe"}, "", "", "", flag(func(o *options) *bool { return &o.describe })},
@@ -282,6 +282,14 @@ var optionTable = []option{
 
 func flag(field func(*options) *bool) func(*options, string) error {
 	return func(o *options, _ string) error { *field(o) = true; return nil }
+}
+
+// errAtOnce ends the parsing: what follows on the command line does not matter,
+// not even where it is wrong.
+var errAtOnce = errors.New("act at once")
+
+func atOnce(field func(*options) *bool) func(*options, string) error {
+	return func(o *options, _ string) error { *field(o) = true; return errAtOnce }
 }
 
 func text(field func(*options) *string) func(*options, string) error {
@@ -351,6 +359,9 @@ func parse(args []string) (*options, error) {
 	if errors.Is(err, pflag.ErrHelp) {
 		o.help, err = true, nil
 	}
+	if errors.Is(err, errAtOnce) {
+		return o, nil
+	}
 	if err != nil {
 		return nil, usageError(err)
 	}
@@ -364,6 +375,21 @@ func (o *options) searchPath(kind loader.Kind) []string {
 		return o.filterPath
 	}
 	return o.pluginPath
+}
+
+// serviceMode says in nbdkit's words how clients reach the server.
+func (o *options) serviceMode() string {
+	switch {
+	case o.inherited > 0:
+		return "socket activation"
+	case o.stdio:
+		return "listen stdin"
+	case o.vsock:
+		return "vsock"
+	case o.unix != "":
+		return "unix socket"
+	}
+	return "TCP/IP"
 }
 
 // settle completes the options of a server, and refuses those that contradict

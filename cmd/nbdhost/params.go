@@ -3,7 +3,9 @@ package main
 import (
 	"bufio"
 	"fmt"
+	"io"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 )
@@ -91,4 +93,40 @@ func isKey(s string) bool {
 		}
 	}
 	return s != ""
+}
+
+// checkScript refuses a script of the sh plugin whose first line runs this program.
+// The plugin runs the script for every callback, the script would run the server,
+// which would run the script, and so on for ever. What cannot be read is left to
+// the plugin.
+func checkScript(path string) error {
+	st, err := os.Stat(path)
+	if err != nil || !st.Mode().IsRegular() {
+		return nil
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil
+	}
+	defer f.Close()
+	line, _ := bufio.NewReader(io.LimitReader(f, 4096)).ReadString('\n')
+	interpreter, ok := strings.CutPrefix(line, "#!")
+	if !ok {
+		return nil
+	}
+	self, err := os.Stat("/proc/self/exe")
+	if err != nil {
+		return nil
+	}
+	for _, word := range strings.Fields(interpreter) { // env(1) may come first
+		program, err := exec.LookPath(word)
+		if err != nil {
+			continue
+		}
+		if st, err := os.Stat(program); err == nil && os.SameFile(st, self) {
+			return fmt.Errorf("run script %s: its first line runs this server again, and so on for ever: "+
+				"need a first line for a shell, such as #!/bin/sh, and the command: nbdhost sh %s", path, path)
+		}
+	}
+	return nil
 }

@@ -174,6 +174,10 @@ func giveUp(first, last int) error {
 	return nil
 }
 
+// pidfileAdvice is for a pidfile in a place that is not the server's. The file means
+// that clients can connect, so that it is written after --user has taken effect.
+const pidfileAdvice = "need a file or a directory that the server may write to, as the user that --user names"
+
 // writePidfile writes the process ID. Who sees the file sees all of it, unless it
 // is something else than a file.
 func writePidfile(path string) error {
@@ -184,11 +188,22 @@ func writePidfile(path string) error {
 			return fmt.Errorf("write pidfile: %w", err)
 		}
 		return nil
+	} else if errors.Is(err, fs.ErrPermission) {
+		return fmt.Errorf("write pidfile %s: %w: %s", path, cause(err), pidfileAdvice)
 	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("write pidfile: %w", err)
 	}
 	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
-	if err != nil {
+	if errors.Is(err, fs.ErrPermission) && st != nil {
+		// Somebody made the file for the user that we are by now.
+		err = os.WriteFile(path, content, 0o644)
+		if err == nil {
+			return nil
+		}
+	}
+	if errors.Is(err, fs.ErrPermission) {
+		return fmt.Errorf("write pidfile %s: %w: %s", path, cause(err), pidfileAdvice)
+	} else if err != nil {
 		return fmt.Errorf("write pidfile %s: %w", path, cause(err))
 	}
 	_, err = f.Write(content)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -59,6 +60,7 @@ func serve(o *options, start *starter, stdout io.Writer, out *logHandler) (int, 
 	loader.SetVerbose(o.verbose)
 	loader.SetStdioSafe(!o.stdio)
 	log.Debug(versionText(os.Args[0]))
+	log.Debug("service mode: " + o.serviceMode())
 
 	found, err := loader.Find(loader.PluginKind, o.args[0], o.pluginPath...)
 	if err != nil {
@@ -81,6 +83,7 @@ func serve(o *options, start *starter, stdout io.Writer, out *logHandler) (int, 
 	case o.version:
 		return 0, write(stdout, moduleVersions(plugin, filters))
 	}
+	log.Debug("request processing: " + layers(plugin, filters))
 
 	args := o.args[1:]
 	if found.Script != "" {
@@ -125,7 +128,11 @@ func newChain(o *options, plugin *loader.Plugin, filters []*loader.Filter, log *
 		modules = append(modules, f)
 		layers = append(layers, f)
 	}
-	return backend.NewChain(plugin, log, setDebugFlags(o.debug, log, modules...), layers...)
+	chain := backend.NewChain(plugin, log, setDebugFlags(o.debug, log, modules...), layers...)
+	if o.tls.mode == tlsRequire {
+		chain.RequireTLS()
+	}
+	return chain
 }
 
 // helpText is what --help adds for the modules.
@@ -144,6 +151,21 @@ func moduleVersions(plugin *loader.Plugin, filters []*loader.Filter) string {
 		text += "\n" + f.Name() + " " + f.Version()
 	}
 	return strings.TrimSpace(text+"\n"+plugin.Name()+" "+plugin.Version()) + "\n"
+}
+
+// layers shows which way requests go.
+func layers(plugin *loader.Plugin, filters []*loader.Filter) string {
+	if len(filters) == 0 {
+		return plugin.Name() + " (plugin, first)"
+	}
+	way := ""
+	for i, f := range filters {
+		if way += f.Name() + " (filter"; i == 0 {
+			way += ", first"
+		}
+		way += ") -> "
+	}
+	return way + plugin.Name() + " (plugin, last)"
 }
 
 // debuggable is a module with debug flags.
@@ -192,6 +214,11 @@ func serveLoaded(o *options, start *starter, stdout io.Writer, out *logHandler,
 		if err != nil {
 			return 1, err
 		}
+		if plugin.Name() == "sh" && key == "script" {
+			if err := checkScript(value); err != nil {
+				return 1, err
+			}
+		}
 		if err := chain.Config(key, value); err != nil {
 			return 1, err
 		}
@@ -225,7 +252,7 @@ func serveLoaded(o *options, start *starter, stdout io.Writer, out *logHandler,
 	stop.inOrder()
 	log := slog.New(out)
 	if o.swap {
-		if err := lockMemory(); err != nil {
+		if err := lockMemory(who, log); err != nil {
 			return 1, err
 		}
 	}
@@ -249,6 +276,8 @@ func serveLoaded(o *options, start *starter, stdout io.Writer, out *logHandler,
 	}
 	if e.conn == nil {
 		log.Debug("NBD URI: " + e.uri.String())
+	} else {
+		log.Debug("no NBD URI because service mode is " + o.serviceMode())
 	}
 	if o.printURI && e.conn == nil {
 		if err := write(stdout, uriText(e.uri.String())); err != nil {
@@ -260,7 +289,7 @@ func serveLoaded(o *options, start *starter, stdout io.Writer, out *logHandler,
 	// sockets are bound.
 	command, err := startCaptive(o, e.uri, stop.stop)
 	if err == nil {
-		err = who.assume(e.private)
+		err = who.assume(e.private, log)
 	}
 	if err == nil {
 		err = chain.AfterFork()
@@ -433,6 +462,7 @@ type captive struct {
 	*exec.Cmd
 	ended      chan struct{} // closed once ProcessState is known
 	terminated bool          // by us
+	denied     bool          // it runs as somebody else, since we gave up rights
 }
 
 // startCaptive starts the command of --run, if there is one. stop is called when
@@ -463,7 +493,8 @@ func (c *captive) terminate() {
 	case <-c.ended:
 	default:
 		c.terminated = true
-		c.Process.Signal(unix.SIGTERM) // an error means that it has ended now
+		// Another error means that it has ended now.
+		c.denied = errors.Is(c.Process.Signal(unix.SIGTERM), unix.EPERM)
 	}
 }
 
@@ -472,6 +503,9 @@ func (c *captive) terminate() {
 func (c *captive) wait(limit time.Duration) (status int, text string) {
 	if c == nil {
 		return 0, ""
+	}
+	if c.denied {
+		return 1, "goes on: the user of --user may not end it"
 	}
 	select {
 	case <-c.ended:

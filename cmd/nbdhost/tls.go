@@ -25,6 +25,11 @@ func setUpTLS(t *tlsOptions, log *slog.Logger) (func(net.Conn) (server.TLSConn, 
 		if t.mode == tlsUnset {
 			t.mode = tlsOn
 		}
+		keys := "X.509 certificates"
+		if t.psk != "" {
+			keys = "Pre-Shared Keys (PSK)"
+		}
+		log.Debug("TLS enabled using: " + keys)
 		return func(nc net.Conn) (server.TLSConn, error) {
 			c, err := secure.Handshake(nc)
 			if err != nil {
@@ -37,7 +42,8 @@ func setUpTLS(t *tlsOptions, log *slog.Logger) (func(net.Conn) (server.TLSConn, 
 	case t.mode == tlsOn || t.certificates != "" || t.verifyPeer:
 		log.Warn(err.Error() + ": going on without TLS; --tls=require makes this an error")
 	default:
-		log.Debug("TLS is off: " + err.Error())
+		// The words before the colon are nbdkit's.
+		log.Debug("TLS disabled: could not load TLS certificates: " + err.Error())
 	}
 	t.mode = tlsOff
 	return nil, nil
