@@ -128,11 +128,7 @@ func newChain(o *options, plugin *loader.Plugin, filters []*loader.Filter, log *
 		modules = append(modules, f)
 		layers = append(layers, f)
 	}
-	chain := backend.NewChain(plugin, log, setDebugFlags(o.debug, log, modules...), layers...)
-	if o.tls.mode == tlsRequire {
-		chain.RequireTLS()
-	}
-	return chain
+	return backend.NewChain(plugin, log, setDebugFlags(o.debug, log, modules...), layers...)
 }
 
 // helpText is what --help adds for the modules.
