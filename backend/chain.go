@@ -40,6 +40,10 @@ func NewChain(plugin Backend, log *slog.Logger, trace Trace, filters ...Filter) 
 	return ch
 }
 
+// RequireTLS says that every client must use TLS. A session that belongs to none then
+// counts as secured too, as with nbdkit. Call it before anything is opened.
+func (ch *Chain) RequireTLS() { ch.shared.TLS = true }
+
 func (ch *Chain) top() *Layer { return ch.layers[len(ch.layers)-1] }
 
 // Name returns the name of the plugin, which stands for the whole chain in log

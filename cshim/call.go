@@ -111,8 +111,8 @@ func (c *Conn) Free() {
 
 // Context is what a module may ask about the call it is in: the connection,
 // the export's name. One per open handle, and one per phase before .open.
-// It is C memory, may be used by any number of calls at once, and is never
-// changed. A nil *Context is a call outside any connection.
+// It is C memory, may be used by any number of calls at once, and is not
+// changed after the first. A nil *Context is a call outside any connection.
 type Context struct{ c *C.struct_nbdhost_context }
 
 // NewContext makes a context. conn may be nil. exportName counts only if
@@ -133,6 +133,10 @@ func NewContext(conn *Conn, exportName string, hasExport, errnoIsPreserved bool)
 	}
 	return &Context{c}
 }
+
+// SetTLS says what nbdkit_is_tls(3) returns in a session of no connection. It comes
+// before the first call that uses the context.
+func (c *Context) SetTLS(on bool) { c.c.tls = cbool(on) }
 
 // Free frees the context, after the last call that uses it.
 func (c *Context) Free() {

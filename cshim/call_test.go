@@ -296,6 +296,12 @@ func TestHost(t *testing.T) {
 		if r := cshim.CallHandleInt(ctx, f("show_tls"), nil); (r.Ret == 1) != on {
 			t.Errorf("is_tls: got %d, need %v", r.Ret, on)
 		}
+		shared := cshim.NewContext(nil, "", true, false) // by connections
+		shared.SetTLS(on)
+		if r := cshim.CallHandleInt(shared, f("show_tls"), nil); (r.Ret == 1) != on || r.Ret < 0 {
+			t.Errorf("is_tls in a shared session: got %d, need %v", r.Ret, on)
+		}
+		shared.Free()
 	}
 	if s, ok := cshim.CallHandleString(ctx, f("show_name"), nil); s != "" || !ok {
 		t.Errorf("export name: got %q, %v", s, ok)

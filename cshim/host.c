@@ -118,7 +118,7 @@ nbdkit_is_tls (void)
   struct nbdhost_conn *conn = nbdhost_current_conn ();
 
   if (conn == NULL && nbdhost_frame && nbdhost_frame->ctx)
-    return 0; /* a session that a filter shares among connections */
+    return nbdhost_frame->ctx->tls; /* a session that connections share */
   conn = need_conn ("get TLS status");
   return conn ? conn->tls : -1;
 }

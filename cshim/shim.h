@@ -35,6 +35,7 @@ struct nbdhost_context {
   struct nbdhost_conn *conn;   /* NULL: outside any connection */
   char *export_name;           /* NULL: none negotiated */
   int errno_is_preserved;
+  int tls;                     /* nbdkit_is_tls without a connection */
 };
 
 /* Workers of a frame, and of a request of a thread without one. */

@@ -157,6 +157,7 @@ func (f *Filter) DefaultExport(c *backend.Call, readonly bool) (name string, ok 
 func (f *Filter) OpenOver(c *backend.Call, s *backend.Session) (backend.FilterHandle, error) {
 	h := &filterHandle{f: f, s: s, conn: c.Conn}
 	h.ctx = cshim.NewContext(shimConn(c), s.Export(), true, false)
+	h.ctx.SetTLS(c.Conn.TLS)
 	h.own = cshim.NewFilterContext(h, f.below)
 	fn := f.fn[backend.Open]
 	if fn == nil {

@@ -226,6 +226,7 @@ func (p *Plugin) Open(c *backend.Call, readonly bool, export string) (backend.Ha
 
 func (p *Plugin) openHandle(c *backend.Call, readonly bool, export string) (*handle, error) {
 	ctx := cshim.NewContext(shimConn(c), export, true, p.raw.ErrnoIsPreserved != 0)
+	ctx.SetTLS(c.Conn.TLS)
 	r := cshim.CallOpen(ctx, p.fn[backend.Open], readonly)
 	cshim.RestoreSignals() // at each: a handler that was set at a later one is as harmful
 	if r.Ptr == nil {

@@ -128,7 +128,11 @@ func newChain(o *options, plugin *loader.Plugin, filters []*loader.Filter, log *
 		modules = append(modules, f)
 		layers = append(layers, f)
 	}
-	return backend.NewChain(plugin, log, setDebugFlags(o.debug, log, modules...), layers...)
+	chain := backend.NewChain(plugin, log, setDebugFlags(o.debug, log, modules...), layers...)
+	if o.tls.mode == tlsRequire {
+		chain.RequireTLS()
+	}
+	return chain
 }
 
 // helpText is what --help adds for the modules.
