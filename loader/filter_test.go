@@ -87,6 +87,45 @@ func TestFilterThreads(t *testing.T) {
 	}
 }
 
+// A filter may close the session below it before it has another, and never have one:
+// what is asked in the meantime fails, and reaches no module.
+func TestFilterClosesNext(t *testing.T) {
+	SetVerbose(true)
+	t.Cleanup(func() { SetVerbose(false) })
+	ch := filtered(t, openFilter(t, compile(t, "filter.c", "-pthread")))
+	c := connect(t)
+	s, err := ch.Open(c, false, "x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Prepare(c); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Caps(c); err != nil {
+		t.Fatal(err)
+	}
+	buf := make([]byte, 512)
+	logged() // what came before
+	if err := s.Pread(c, buf, 3072); !errors.Is(err, syscall.EIO) {
+		t.Errorf("pread that closes next: got %v, need EIO", err)
+	}
+	if debug, _ := logged(); !strings.HasSuffix(debug, "] close x") || strings.Contains(debug, "\n") {
+		t.Errorf("got %q, need one close of the plugin", debug)
+	}
+	for name, err := range map[string]error{"pwrite": s.Pwrite(c, buf, 0, 0), "flush": s.Flush(c)} { // not of the filter
+		if !errors.Is(err, syscall.EIO) || !strings.Contains(err.Error(), "has not opened the next layer") {
+			t.Errorf("%s without next: got %v", name, err)
+		}
+	}
+	if err := s.Finalize(c); err != nil {
+		t.Error(err)
+	}
+	s.Close(c)
+	if debug, _ := logged(); debug != "" {
+		t.Errorf("the plugin has seen after its close: %q", debug)
+	}
+}
+
 func TestOpenFilterFails(t *testing.T) {
 	for _, tt := range []struct {
 		name, path string

@@ -1,6 +1,7 @@
 /* A filter that asks next from a thread of its own, shares one session of next among
- * its own, and calls what it may not.
+ * its own, closes the one it has, and calls what it may not.
  */
+#include <errno.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <string.h>
@@ -57,6 +58,11 @@ f_pread (nbdkit_next *next, void *handle, void *buf, uint32_t count,
     if (shared->get_size (shared) < 0)
       return -1;
     return ((nbdkit_next *) next)->pread (NULL, buf, count, offset, 0, err);
+  case 3072: /* nothing is to be below from here on */
+    next->finalize (next);
+    nbdkit_next_context_close (next);
+    *err = EIO;
+    return -1;
   case 2048: /* beyond the end */
     return next->pread (next, buf, count, UINT64_MAX - 1, 0, err);
   }
