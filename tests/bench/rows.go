@@ -23,9 +23,10 @@ type row struct {
 	depth     int    // requests in flight on each connection
 	conns     int
 	transport string // unix, tcp or tls (on a Unix socket)
-	filters   int
-	busy      bool // all processors have other work
-	threads   int  // of nbdhost; 0 is its default
+	filters   int    // of filterChain
+	busy      bool   // all processors have other work
+	threads   int    // of nbdhost; 0 is its default
+	nofilters int    // layers of the filter that does nothing
 }
 
 func (r row) name() string {
@@ -38,6 +39,9 @@ func (r row) name() string {
 	}
 	if r.threads > 0 {
 		n += fmt.Sprintf("/t%d", r.threads)
+	}
+	if r.nofilters > 0 {
+		n += fmt.Sprintf("/n%d", r.nofilters)
 	}
 	return n
 }
@@ -55,7 +59,7 @@ func (r row) others() []string {
 	if r.transport == "tls" {
 		return servers
 	}
-	if r.plugin == "memory" && r.op != "status" && r.filters == 0 && r.threads == 0 {
+	if r.plugin == "memory" && r.op != "status" && r.filters+r.nofilters == 0 && r.threads == 0 {
 		servers = append(servers, "floor")
 	}
 	if r.plugin == "file" && r.op != "status" && r.filters == 0 {
@@ -148,6 +152,9 @@ func otherRows() (rows []row) {
 		{client: "nbdcopy", transport: "tls", size: 256 * kib, depth: 64, conns: 4},
 		{client: "nbdcopy", transport: "tls", op: "write", size: 256 * kib, depth: 64, conns: 4},
 	}
+	for _, n := range []int{1, 3, 8} {
+		rows = append(rows, row{nofilters: n, depth: 1}, row{nofilters: n, depth: 64}, row{nofilters: n, depth: 64, op: "write"})
+	}
 	for i := range rows {
 		rows[i] = rows[i].fill()
 	}
@@ -167,7 +174,7 @@ func allRows() (rows []row) {
 						for _, transport := range []string{"unix", "tcp"} {
 							for _, filters := range []int{0, 1, 3} {
 								for _, busy := range []bool{false, true} {
-									rows = append(rows, row{"load", plugin, op, size, depth, conns, transport, filters, busy, 0})
+									rows = append(rows, row{"load", plugin, op, size, depth, conns, transport, filters, busy, 0, 0})
 								}
 							}
 						}
@@ -210,7 +217,7 @@ type goal struct {
 
 // goal is what nbdhost is to reach beside the other server.
 func (r row) goal(other string) goal {
-	fast := r.client == "load" && r.plugin == "memory" && r.op != "status" && r.filters == 0 && !r.busy
+	fast := r.client == "load" && r.plugin == "memory" && r.op != "status" && r.filters+r.nofilters == 0 && !r.busy
 	if other == "floor" {
 		switch {
 		case !fast:

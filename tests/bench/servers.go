@@ -144,6 +144,9 @@ func (b *bench) pluginArgs(r row) (args []string) {
 		args = append(args, "--filter="+filterDir+"nbdkit-"+f[0]+"-filter.so")
 		params = append(params, f[1:]...)
 	}
+	for range r.nofilters {
+		args = append(args, "--filter="+filterDir+"nbdkit-nofilter-filter.so")
+	}
 	size := strconv.Itoa(b.size(r))
 	switch r.plugin {
 	case "file":
