@@ -10,7 +10,7 @@ RUN_PACKAGES  = gcc libc6-dev nbdkit libnbd-bin
 TEST_PACKAGES = $(RUN_PACKAGES) binutils nbdkit-plugin-dev libnbd0 python3-libnbd qemu-utils qemu-system-x86 fio \
 	e2fsprogs dosfstools mtools genisoimage xorriso strace gnutls-bin openssl mmdebstrap \
 	nbdkit-plugin-python nbdkit-plugin-perl nbdkit-plugin-lua nbdkit-plugin-tcl nbdkit-plugin-ruby \
-	python3-boto3 g++ mandoc groff zsh fish
+	python3-boto3 g++ lzip mandoc groff zsh fish
 
 .PHONY: all build install uninstall run test lint fuzz fuzz-differential bench clean
 all: build

@@ -164,3 +164,36 @@ def zero(h, count, offset, flags):
     disk[offset:offset + count] = bytearray(count)
 `, 0o644)
 }
+
+// The checks look through filters: what they see is the plugin's and the filters'.
+func TestCheckThroughFilters(t *testing.T) {
+	t.Parallel()
+	onlyNbdhost(t)
+	for _, tt := range []struct {
+		args    []string
+		filters string // in what is said about the start
+		failed  string // a check that must fail, "" for none at all
+	}{
+		{[]string{"--filter=cow", "--filter=blocksize", "memory", "1M"}, "filters cow 1.32.5, blocksize 1.32.5", ""},
+		{[]string{"--filter=cache", "memory", "1M"}, "filters cache 1.32.5", ""},
+		{[]string{"--filter=error", "memory", "1M", "error-pread-rate=100%"}, "filters error-inject 1.32.5", "read.range"},
+		{[]string{"--filter=partition", "memory", "1M", "partition=1"}, "filters partition 1.32.5", "plugin.open"},
+	} {
+		t.Run(strings.Join(tt.args, " "), func(t *testing.T) {
+			t.Parallel()
+			r := checkPlugin(t, append([]string{"--check-writes"}, tt.args...)...)
+			failed := r.failed()
+			if tt.failed == "" && len(failed) > 0 || tt.failed != "" && !slices.Contains(failed, tt.failed) {
+				t.Errorf("got failures %q, need %q", failed, tt.failed)
+			}
+			for _, c := range r.Checks {
+				if c.Name == "plugin.start" && !slices.Contains(c.Notes, tt.filters) {
+					t.Errorf("got notes %q, need %q", c.Notes, tt.filters)
+				}
+				if c.Name == tt.failed && !strings.Contains(c.Again, strings.Join(tt.args[:2], " ")) {
+					t.Errorf("got %q to see it again, need the filters in it", c.Again)
+				}
+			}
+		})
+	}
+}

@@ -148,6 +148,13 @@ var (
 			"What runs programs in a language has a table of its own, below. Not served here: cdi, which needs\n" +
 			"a container registry, torrent, which needs peers, vram, which needs a graphics card; gcs, libvirt and\n" +
 			"guestfs are not installed."}
+	filterTable = &table{title: "Filters", columns: []string{"filter", "bookworm", "trixie", "sid"},
+		text: "Each filter of Debian's packages over one of the release's plugins, with the same result as under\n" +
+			"the release's own nbdkit, for the client and on the disk. \"help, dump\": `--help` and\n" +
+			"`--dump-plugin` print the same. \"calls below\": a log filter between it and the plugin has written\n" +
+			"the same. Where a job is done with several settings, the number is how many. A dash: the release\n" +
+			"does not have it. Filters of three releases in one chain, which nbdkit refuses, and every callback\n" +
+			"in the same order as in nbdkit, are other tests."}
 	languageTable = &table{title: "Languages", columns: []string{"language", "bookworm", "trixie", "sid"},
 		text: "A plugin in each language, with the same result as under nbdkit. \"error\": an error of the\n" +
 			"plugin reaches the client, with its number where the language can give one. \"children\": programs\n" +
@@ -167,7 +174,7 @@ var (
 	hazardTable = &table{title: "Hazards", columns: []string{"what the plugin does", "result"},
 		text: "What plugins do that a host written in Go could trip over."}
 
-	tables = []*table{pluginTable, languageTable, functionTable, sessionTable, structTable, hazardTable}
+	tables = []*table{pluginTable, filterTable, languageTable, functionTable, sessionTable, structTable, hazardTable}
 )
 
 // record notes that a test did what it says, unless it has failed.
@@ -193,9 +200,19 @@ func (tb *table) cell(row, column string) string {
 	slices.SortFunc(parts, func(a, b done) int {
 		return cmp.Or(a.rank-b.rank, strings.Compare(a.what, b.what))
 	})
+	times := map[string]int{}
+	for _, p := range parts {
+		times[p.what]++
+	}
 	var texts []string
 	for _, p := range parts {
-		texts = append(texts, p.what)
+		switch n := times[p.what]; {
+		case n == 1:
+			texts = append(texts, p.what)
+		case n > 1:
+			texts = append(texts, fmt.Sprintf("%s (%d)", p.what, n))
+		}
+		times[p.what] = 0 // it has been said
 	}
 	return cmp.Or(strings.Join(texts, "; "), "-")
 }
@@ -225,7 +242,8 @@ func TestCompatibility(t *testing.T) {
 			name string
 			run  func(*testing.T)
 		}{
-			{"dump", testDump}, {"plugins", testPlugins}, {"languages", testLanguages},
+			{"dump", testDump}, {"plugins", testPlugins},
+			{"filters", testFilters}, {"filter information", testFilterInformation}, {"languages", testLanguages},
 			{"functions", testFunctions}, {"sessions", testSessions}, {"structs", testStructs},
 			{"hazards", testHazards},
 		} {
