@@ -63,7 +63,8 @@ var findReleases = sync.OnceValues(func() ([]*release, error) {
 	temp := os.TempDir()
 	for i, r := range all {
 		// Programs that make file systems use these for what is the time of day.
-		enter := "export SOURCE_DATE_EPOCH=1000000000 E2FSPROGS_FAKE_TIME=1000000000 HOME=/root\n"
+		enter := "export SOURCE_DATE_EPOCH=1000000000 E2FSPROGS_FAKE_TIME=1000000000 HOME=/root PATH=" +
+			filepath.Join(scratch, "bin") + ":$PATH\n"
 		inside := nbdhost
 		if i == 0 {
 			enter += `exec "$@"`
@@ -145,9 +146,10 @@ var (
 			"release's own nbdkit. \"dump\": `--dump-plugin` prints the same. \"read\": a copy of the disk has\n" +
 			"the same bytes. \"map\": so has the list of extents. \"write\": written, zeroed, trimmed and flushed,\n" +
 			"with the same result for the client and on the disk. A dash: the release does not have it.\n" +
-			"What runs programs in a language has a table of its own, below. Not served here: cdi, which needs\n" +
-			"a container registry, torrent, which needs peers, vram, which needs a graphics card; gcs, libvirt and\n" +
-			"guestfs are not installed."}
+			"What runs programs in a language has a table of its own, below. Not served here: torrent, which\n" +
+			"talks to peers and trackers of its own choice, vram, which needs a graphics card, and gcs, which needs\n" +
+			"a Python library that Debian does not have. libvirt, which needs a running domain of a hypervisor,\n" +
+			"and guestfs, which boots a kernel in one, are not installed."}
 	filterTable = &table{title: "Filters", columns: []string{"filter", "bookworm", "trixie", "sid"},
 		text: "Each filter of Debian's packages over one of the release's plugins, with the same result as under\n" +
 			"the release's own nbdkit, for the client and on the disk. \"help, dump\": `--help` and\n" +
