@@ -77,7 +77,7 @@ test:
 	$(call install,$(TEST_PACKAGES))
 	@echo "nbdkit of other releases:" $$(tests/trees.sh trixie sid)
 	$(MAKE) --no-print-directory build
-	$(GO) test -race -shuffle=on ./...
+	$(GO) test -race -shuffle=on -timeout 20m ./...
 	CGO_ENABLED=0 $(GO) test -shuffle=on ./protocol ./backend ./server ./client
 	GOMAXPROCS=1 $(GO) test -shuffle=on ./backend ./server
 	ASAN_OPTIONS=detect_leaks=0 $(GO) test -asan -shuffle=on ./abi ./cshim ./loader
