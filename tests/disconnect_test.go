@@ -46,7 +46,10 @@ func ended(t *testing.T, j *journal) {
 // has the given one, to be want.
 func nextOf(t *testing.T, lines []string, after, want string) {
 	t.Helper()
-	i := slices.Index(lines, after)
+	i := len(lines) - 1
+	for i >= 0 && lines[i] != after { // the last one: there may be several
+		i--
+	}
 	id := strings.Fields(after)[1]
 	for _, line := range lines[i+1:] {
 		if f := strings.Fields(line); len(f) > 1 && f[1] == id {
