@@ -71,13 +71,15 @@ run:
 	echo "Ctrl-C stops it." && \
 	$(BIN) --foreground --unix "$$dir/nbd.sock" memory 1G
 
-# -race needs cgo; the packages without C are tested without it as well.
+# A test that fails runs once more, alone, and both results are printed: see
+# RATIONALE.md. -race needs cgo; the packages without C are tested without it as well.
 # The leak checks of LeakSanitizer know nothing of Go's memory.
 test:
 	$(call install,$(TEST_PACKAGES))
 	@echo "nbdkit of other releases:" $$(tests/trees.sh trixie sid)
 	$(MAKE) --no-print-directory build
-	$(GO) test -race -shuffle=on -timeout 20m ./...
+	$(GO) tool gotestsum --format pkgname --rerun-fails=1 --rerun-fails-run-root-test \
+	    --rerun-fails-max-failures=6 --packages=./... -- -race -shuffle=on -timeout 20m
 	CGO_ENABLED=0 $(GO) test -shuffle=on ./protocol ./backend ./server ./client
 	GOMAXPROCS=1 $(GO) test -shuffle=on ./backend ./server
 	ASAN_OPTIONS=detect_leaks=0 $(GO) test -asan -shuffle=on ./abi ./cshim ./loader
