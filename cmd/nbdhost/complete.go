@@ -60,6 +60,7 @@ func candidates(before []string, word string) (list []candidate) {
 			pending = nil
 		case w == "--":
 			onlyArgs = true
+		case len(o.args) == 0 && isFile(w): // what is in it does not matter here
 		case onlyArgs || !strings.HasPrefix(w, "-") || w == "-":
 			o.args = append(o.args, w)
 		default:

@@ -11,14 +11,17 @@ const summary = "Nbdhost serves what an nbdkit plugin provides to clients of the
 
 const aboutArguments = `PLUGIN is a short name, such as file, or the path of a .so file. Parameters are
 the plugin's; a VALUE without a KEY belongs to the key that the plugin prefers.
-@FILE (with a / in it) reads parameters from a file, one on each line. Options
-and parameters may be mixed.`
+@FILE (with a / in it) reads parameters from a file, one on each line; before
+PLUGIN it reads options, too. Options and parameters may be mixed. What is in the
+environment variable NBDHOST_ARGS comes before them.`
 
 var examples = []struct{ command, what string }{
 	{"nbdhost file disk.img", "serve a file on port 10809"},
 	{"nbdhost -f -v -U /tmp/sock memory 1G", "a RAM disk, with debug messages"},
 	{`nbdhost -r file disk.img --run 'nbdcopy "$uri" copy.img'`, "serve while a command runs"},
 	{"nbdhost --exit-with-parent -U - --print-uri memory 1G", "for a program that starts it"},
+	{"nbdhost @/etc/nbdhost/disk.args", "arguments from a file, one on each line"},
+	{"NBDHOST_ARGS='-r file disk.img' nbdhost", "arguments from the environment"},
 	{"nbdhost file --help", "what parameters does a plugin have?"},
 	{"nbdhost --list", "what plugins are there?"},
 }
@@ -29,7 +32,7 @@ const exitStatus0 = "0 after an orderly end, 1 after an error, with --run that o
 func usage() string {
 	const column = 29 // where descriptions begin
 	var b strings.Builder
-	fmt.Fprintf(&b, `Usage: nbdhost [OPTIONS] PLUGIN [[KEY=]VALUE | @FILE]...
+	fmt.Fprintf(&b, `Usage: nbdhost [OPTIONS] [@FILE] PLUGIN [[KEY=]VALUE | @FILE]...
        nbdhost PLUGIN --help | --version | --dump-plugin
        nbdhost --list | --dump-config | --completion=SHELL | --man
 

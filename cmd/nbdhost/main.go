@@ -54,7 +54,11 @@ func dispatch(args []string, stdout, stderr io.Writer) (int, error) {
 	if err != nil {
 		return 1, err
 	}
-	o, err := parse(args[1:])
+	words, err := withEnvironment(args[1:])
+	if err != nil {
+		return 1, err
+	}
+	o, err := parse(words)
 	if err != nil {
 		return 1, err
 	}
@@ -84,6 +88,7 @@ func dispatch(args []string, stdout, stderr io.Writer) (int, error) {
 	serving := !o.help && !o.version
 	switch {
 	case findings != nil:
+		os.Unsetenv(argsVariable) // as below
 		return runChecks(o, checks, findings, newLog(o, stderr))
 	case serving && o.check != "":
 		return checkPlugin(o, args, stdout)
@@ -104,6 +109,7 @@ func dispatch(args []string, stdout, stderr io.Writer) (int, error) {
 	if start == nil && serving && !o.foreground && !o.dumpPlugin {
 		return background(args)
 	}
+	os.Unsetenv(argsVariable) // not for servers that a module runs
 	return serve(o, start, stdout, newLog(o, stderr))
 }
 

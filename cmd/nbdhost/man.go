@@ -25,7 +25,7 @@ func manualPage() string {
 	b.WriteString("nbdhost \\- NBD server that runs nbdkit plugins\n")
 	section("SYNOPSIS")
 	for i, s := range []string{
-		"[OPTIONS] PLUGIN [[KEY=]VALUE | @FILE]...",
+		"[OPTIONS] [@FILE] PLUGIN [[KEY=]VALUE | @FILE]...",
 		"PLUGIN --help | --version | --dump-plugin",
 		"--list | --dump-config | --completion=SHELL | --man",
 	} {
@@ -161,6 +161,10 @@ plugin without one takes the first such parameter as script=VALUE.
 In a @FILE each line is one parameter. Empty lines and those that begin with # are
 ignored. A @FILE in a file is looked up in the directory of that file.
 
+A @FILE before PLUGIN may have anything in it that a command line may, one argument on
+each line (--port=10809), also the plugin. A secret in it is in no list of processes, and
+in no environment.
+
 Where a plugin wants a password, the value may be the password itself; - asks for it on
 the terminal; +FILE reads the first line of a file; and -FD that of a descriptor from 3 on.`},
 	{"SOCKET ACTIVATION", `Where LISTEN_PID and LISTEN_FDS are in the environment, as systemd(1) and libnbd have it,
@@ -169,7 +173,11 @@ The options -i, -p, -s, -U, --run and --vsock are errors then.`},
 	{"SIGNALS", `SIGINT, SIGTERM, SIGQUIT and SIGHUP end the server: no new client and no new request is
 accepted, requests in progress are finished, and the plugin is closed and unloaded. SIGPIPE is
 ignored.`},
-	{"ENVIRONMENT", `NBDHOST_PLUGIN_PATH and NBDHOST_FILTER_PATH are directories, with colons between them, where
+	{"ENVIRONMENT", `NBDHOST_ARGS has arguments that come before those of the command line, so that options
+on the command line win. Words are split and quoted as in a shell, but nothing is
+substituted. Programs that the server runs do not see it.
+
+NBDHOST_PLUGIN_PATH and NBDHOST_FILTER_PATH are directories, with colons between them, where
 plugins and filters are looked for: after --plugin-path, and before the directories of the
 distribution. GOMAXPROCS bounds the processors that are used.`},
 	{"DIFFERENCES FROM NBDKIT", `The port of --port=0 is in the URI. --user without --group gives up the groups of the

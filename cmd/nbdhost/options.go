@@ -337,6 +337,7 @@ func absolute(path string) (string, error) {
 
 // parse reads a command line as getopt_long does: options and other arguments
 // in any order, letters bundled, long names shortened as far as they are unique.
+// An @FILE before the plugin is replaced by the arguments in that file.
 func parse(args []string) (*options, error) {
 	o := &options{family: "tcp", handshakeMask: 0xffff, drainTimeout: 10 * time.Second, log: logDefault}
 	flags := pflag.NewFlagSet("", pflag.ContinueOnError)
@@ -355,17 +356,31 @@ func parse(args []string) (*options, error) {
 	flags.SetNormalizeFunc(func(_ *pflag.FlagSet, name string) pflag.NormalizedName {
 		return pflag.NormalizedName(fullName(name))
 	})
-	err := flags.Parse(args)
-	if errors.Is(err, pflag.ErrHelp) {
-		o.help, err = true, nil
+	flags.SetInterspersed(false) // stops at what is no option
+	for len(args) > 0 {
+		switch err := flags.Parse(args); {
+		case errors.Is(err, errAtOnce):
+			return o, nil
+		case errors.Is(err, pflag.ErrHelp):
+			o.help = true
+			return o, nil
+		case err != nil:
+			return nil, usageError(err)
+		}
+		args = flags.Args()
+		switch {
+		case flags.ArgsLenAtDash() >= 0: // behind -- there are no options
+			o.args, args = append(o.args, args...), nil
+		case len(args) > 0 && len(o.args) == 0 && isFile(args[0]):
+			lines, err := expandParameters(args[:1])
+			if err != nil {
+				return nil, err
+			}
+			args = append(lines, args[1:]...)
+		case len(args) > 0:
+			o.args, args = append(o.args, args[0]), args[1:]
+		}
 	}
-	if errors.Is(err, errAtOnce) {
-		return o, nil
-	}
-	if err != nil {
-		return nil, usageError(err)
-	}
-	o.args = flags.Args()
 	return o, nil
 }
 

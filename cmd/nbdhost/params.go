@@ -7,8 +7,30 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
+
+	"github.com/google/shlex"
 )
+
+// argsVariable holds arguments that come before those of the command line, in words
+// as a shell would split them. It is one variable for all options: with one for each,
+// what Kubernetes tells a container about a Service named nbdhost (NBDHOST_PORT=tcp://...)
+// would be taken for options.
+const argsVariable = "NBDHOST_ARGS"
+
+// withEnvironment puts the arguments in the environment before args, the command line
+// without the program's name. What the program runs itself with is complete.
+func withEnvironment(args []string) ([]string, error) {
+	if len(args) > 0 && slices.ContainsFunc(optionTable, func(o option) bool { return o.group == "" && args[0] == "--"+o.names[0] }) {
+		return args, nil
+	}
+	words, err := shlex.Split(os.Getenv(argsVariable))
+	if err != nil {
+		return nil, fmt.Errorf("read %s: %w: need words as in a shell, with each quote closed", argsVariable, err)
+	}
+	return append(words, args...), nil
+}
 
 // maxParameterFiles is how deep @FILE parameters may be nested. More of them is
 // a file that includes itself.
@@ -21,13 +43,16 @@ func expandParameters(args []string) ([]string, error) {
 	return expand(nil, args, "", 0)
 }
 
+// isFile tells whether an argument is an @FILE.
+func isFile(arg string) bool { return strings.HasPrefix(arg, "@") && strings.Contains(arg, "/") }
+
 func expand(list, args []string, dir string, depth int) ([]string, error) {
 	for _, arg := range args {
-		path, ok := strings.CutPrefix(arg, "@")
-		if !ok || !strings.Contains(path, "/") {
+		if !isFile(arg) {
 			list = append(list, arg)
 			continue
 		}
+		path := arg[1:]
 		if depth == maxParameterFiles {
 			return nil, fmt.Errorf("read parameters from %s: got files nested deeper than %d: need one that does not include itself", path, maxParameterFiles)
 		}
