@@ -176,6 +176,8 @@ type Conn struct {
 	log       *slog.Logger             // of the connection's first call
 	elsewhere *slog.Logger             // of the chain
 	calls     atomic.Pointer[[]*Call]  // by Worker - Foreign
+	chain     *Chain                   // of the connection's first call
+	counts    []atomic.Uint64          // see callTotals
 	defaults  map[*Layer]defaultExport // what default_export has answered
 }
 
@@ -184,6 +186,9 @@ type Conn struct {
 func (c *Conn) adopt(first *Call, ch *Chain) {
 	if c.log == nil {
 		c.log, c.elsewhere = first.Log, ch.log
+	}
+	if c.chain == nil {
+		ch.enter(c)
 	}
 }
 
@@ -220,4 +225,7 @@ func (c *Conn) Release() {
 		c.OnRelease = nil
 	}
 	c.Local = nil
+	if c.chain != nil {
+		c.chain.leave(c)
+	}
 }

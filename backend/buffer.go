@@ -3,7 +3,6 @@ package backend
 import (
 	"math/bits"
 	"sync"
-	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -26,14 +25,12 @@ const (
 )
 
 type bufferClass struct {
-	mu   sync.Mutex
-	free []*Buffer
+	mu    sync.Mutex
+	free  []*Buffer
+	inUse int // buffers that have an owner
 }
 
-var (
-	bufferClasses [maxBufferShift + 1]bufferClass
-	buffersInUse  atomic.Int64
-)
+var bufferClasses [maxBufferShift + 1]bufferClass
 
 // GetBuffer returns a buffer of at least n bytes; n is at most 128 MiB. Its
 // content is whatever the last owner left there. An error means that the system
@@ -45,19 +42,21 @@ func GetBuffer(n int) (*Buffer, error) {
 	}
 	c := &bufferClasses[class]
 	c.mu.Lock()
+	c.inUse++
 	if i := len(c.free) - 1; i >= 0 {
 		b := c.free[i]
 		c.free = c.free[:i]
 		c.mu.Unlock()
-		buffersInUse.Add(1)
 		return b, nil
 	}
 	c.mu.Unlock()
 	m, err := unix.Mmap(-1, 0, 1<<class, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
 	if err != nil {
+		c.mu.Lock()
+		c.inUse--
+		c.mu.Unlock()
 		return nil, err
 	}
-	buffersInUse.Add(1)
 	return &Buffer{B: m, class: class}, nil
 }
 
@@ -66,9 +65,9 @@ func (b *Buffer) Release() {
 	if b == nil {
 		return
 	}
-	buffersInUse.Add(-1)
 	c := &bufferClasses[b.class]
 	c.mu.Lock()
+	c.inUse--
 	if (len(c.free)+1)<<b.class <= keptBytes {
 		c.free = append(c.free, b)
 		b = nil
@@ -80,6 +79,27 @@ func (b *Buffer) Release() {
 	}
 }
 
+// BufferStats describes the pool of all buffers of the process.
+type BufferStats struct {
+	InUse, Kept           int   // buffers that have an owner, and that wait for one
+	InUseBytes, KeptBytes int64 // their sizes, added up
+}
+
+// Buffers tells how the pool stands.
+func Buffers() (s BufferStats) {
+	for class := minBufferShift; class <= maxBufferShift; class++ {
+		c := &bufferClasses[class]
+		c.mu.Lock()
+		inUse, kept := c.inUse, len(c.free)
+		c.mu.Unlock()
+		s.InUse += inUse
+		s.Kept += kept
+		s.InUseBytes += int64(inUse) << class
+		s.KeptBytes += int64(kept) << class
+	}
+	return s
+}
+
 // BuffersInUse is how many buffers have an owner. It is 0 when the server is
 // idle; a test holds it to that.
-func BuffersInUse() int64 { return buffersInUse.Load() }
+func BuffersInUse() int64 { return int64(Buffers().InUse) }

@@ -19,6 +19,7 @@ type Chain struct {
 	trace  Trace
 	model  ThreadModel
 	shared Conn // of sessions that belong to no client
+	counts callTotals
 }
 
 // NewChain returns a chain around plugin; filters go from the outermost to the
@@ -31,12 +32,13 @@ func NewChain(plugin Backend, log *slog.Logger, trace Trace, filters ...Filter) 
 	ch.layers = append(ch.layers, l)
 	for _, f := range slices.Backward(filters) {
 		f.SetNext(l)
-		l = &Layer{chain: ch, module: f, filter: f, next: l}
+		l = &Layer{chain: ch, module: f, filter: f, next: l, index: len(ch.layers)}
 		for cb := range callbacks {
 			l.passes[cb] = !f.Has(cb)
 		}
 		ch.layers = append(ch.layers, l)
 	}
+	ch.enter(&ch.shared)
 	return ch
 }
 

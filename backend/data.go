@@ -58,6 +58,7 @@ func (s *Session) pread(c *Call, p []byte, off uint64) error {
 		}
 		return next.Pread(c, p, off)
 	}
+	c.Conn.count(s.layer, Pread)
 	return s.handle.Pread(c, p, off)
 }
 
@@ -91,6 +92,7 @@ func (s *Session) pwrite(c *Call, p []byte, off uint64, flags Flags) error {
 	if !s.module.Has(Pwrite) {
 		return s.errorf(c, Pwrite, syscall.EROFS, "not supported here: the module has no pwrite")
 	}
+	c.Conn.count(s.layer, Pwrite)
 	return s.handle.Pwrite(c, p, off, flags)
 }
 
@@ -145,6 +147,7 @@ func (s *Session) flush(c *Call) error {
 	if !s.module.Has(Flush) {
 		return s.errorf(c, Flush, syscall.EINVAL, "not supported here: the module has no flush")
 	}
+	c.Conn.count(s.layer, Flush)
 	return s.handle.Flush(c)
 }
 
@@ -171,6 +174,7 @@ func (s *Session) Trim(c *Call, n uint32, off uint64, flags Flags) error {
 	}
 	flags, flush, err := s.emulateFUA(c, flags)
 	if err == nil {
+		c.Conn.count(s.layer, Trim)
 		err = s.handle.Trim(c, n, off, flags)
 	}
 	return s.thenFlush(c, flush, err)
@@ -214,6 +218,7 @@ func (s *Session) Zero(c *Call, n uint32, off uint64, flags Flags) error {
 
 func (s *Session) zero(c *Call, n uint32, off uint64, flags Flags) error {
 	if s.module.Has(Zero) {
+		c.Conn.count(s.layer, Zero)
 		err := s.handle.Zero(c, n, off, flags)
 		if s.filter != nil || err == nil || !errors.Is(err, syscall.EOPNOTSUPP) { // which is ENOTSUP too
 			return err
@@ -270,6 +275,7 @@ func (s *Session) Cache(c *Call, n uint32, off uint64) error {
 	case !s.module.Has(Cache):
 		return nil
 	}
+	c.Conn.count(s.layer, Cache)
 	return s.handle.Cache(c, n, off)
 }
 
@@ -332,6 +338,7 @@ func (s *Session) Extents(c *Call, n uint32, off uint64, flags Flags, x *Extents
 	if !s.module.Has(GetExtents) {
 		return s.errorf(c, GetExtents, syscall.EINVAL, "can_extents is true but the module has no extents")
 	}
+	c.Conn.count(s.layer, GetExtents)
 	if err := s.handle.Extents(c, n, off, flags, x); err != nil {
 		return err
 	}

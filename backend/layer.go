@@ -15,6 +15,7 @@ type Layer struct {
 	plugin Backend // or
 	filter Filter
 	next   *Layer          // nil for the plugin
+	index  int             // counts layers from the plugin, which is 0
 	passes [callbacks]bool // a filter without the callback
 	model  ThreadModel
 }

@@ -41,6 +41,9 @@ type conn struct {
 	session    *backend.Session
 	negotiated protocol.Negotiated
 	sparse     sparsePolicy
+	refusal    Reason // why the last option was refused, or ReasonClient
+	export     *export
+	counters   counters
 
 	// The transmission phase.
 	reader  atomic.Pointer[reader] // who has the connection; for the watcher
@@ -81,12 +84,14 @@ func (c *conn) serve() {
 	defer c.peer.Release()
 
 	if err := c.preconnect(); err != nil {
+		c.s.failures[ReasonPreconnect].Add(1)
 		c.call.Debugf("preconnect refused the connection: %v", err)
 		return
 	}
 	r := newReader(c)
 	defer r.in.release()
 	if err := c.handshake(&r.in); err != nil {
+		c.failed(err)
 		c.call.Debugf("handshake: %v", err)
 		return
 	}

@@ -3,7 +3,11 @@ package server
 import (
 	"errors"
 	"fmt"
+	"io"
+	"net"
+	"os"
 	"strings"
+	"syscall"
 	"time"
 
 	"nbdhost/backend"
@@ -56,6 +60,30 @@ func (c *conn) handshake(in *input) error {
 		c.wakeReader(lastWords) // what Shutdown set may just have been undone
 	}
 	return nil
+}
+
+// failed counts a handshake that err has ended.
+func (c *conn) failed(err error) {
+	reason := ReasonProtocol
+	var module *backend.Error
+	var errno syscall.Errno
+	switch {
+	case c.s.quitting():
+		reason = ReasonShutdown
+	case c.refusal == ReasonTLS:
+		reason = ReasonTLS
+	case err == errPlain:
+		reason = ReasonTLSRequired
+	case errors.As(err, &module):
+		reason = ReasonExport
+	case err == errAborted && c.refusal == ReasonClient:
+		return // it has what it came for
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		reason = ReasonTimeout
+	case err == errAborted, err == io.EOF, err == io.ErrUnexpectedEOF, errors.As(err, &errno), errors.Is(err, net.ErrClosed):
+		reason = c.refusal
+	}
+	c.s.failures[reason].Add(1)
 }
 
 func (n *negotiation) negotiate() error {
@@ -166,6 +194,7 @@ func (n *negotiation) answer(opt protocol.Option, data []byte) (over bool, err e
 		return false, nil
 	}
 	if n.plain(opt) {
+		n.c.refusal = ReasonTLSRequired
 		n.refuse(opt, protocol.RepErrTLSReqd, errPlain.Error())
 		return false, nil
 	}
@@ -360,6 +389,7 @@ func (n *negotiation) info(opt protocol.Option, data []byte) (over bool, err err
 	}
 	caps, err := c.openSession(q.Export)
 	if err != nil {
+		c.refusal = ReasonExport
 		n.refuse(opt, protocol.RepErrUnknown, errorText(err))
 		return false, nil
 	}

@@ -58,7 +58,10 @@ func newReader(c *conn) *reader {
 func (c *conn) transmit(r *reader) {
 	c.jobs = make(chan job)
 	c.slots = make(chan struct{}, c.s.opts.Threads)
+	c.s.exports.enter(c, c.session.Export())
+	defer c.s.exports.leave(c)
 	r.in.head = c.negotiated.RequestSize()
+	r.arrived = time.Now()
 	c.calling.Add(1)
 	c.start(r)
 	c.calling.Wait()
@@ -71,7 +74,7 @@ func (c *conn) start(r *reader) {
 	c.reader.Store(r)
 	if r.loop() {
 		// Nobody has the connection after r: the end.
-		c.sender.send(&r.out)
+		r.send()
 		close(c.jobs)
 	}
 	r.in.release()
@@ -112,10 +115,11 @@ func (r *reader) loop() bool {
 // wait sends what there is to send, then waits for n bytes in hand.
 func (r *reader) wait(n int) error {
 	r.sample()
-	r.c.sender.send(&r.out)
+	r.send()
 	r.in.shrink()
 	for {
 		_, err := r.in.need(n)
+		r.arrived = time.Now()
 		if err == nil || !errors.Is(err, os.ErrDeadlineExceeded) {
 			return err
 		}
@@ -245,11 +249,12 @@ func (r *reader) check() error {
 func (r *reader) reject(payload uint64) error {
 	if uint64(len(r.in.unread())) < payload {
 		r.sample()
-		r.c.sender.send(&r.out)
+		r.send()
 	}
 	if err := r.in.discard(payload); err != nil {
 		return err
 	}
+	r.count()
 	return r.refuse()
 }
 
@@ -260,7 +265,7 @@ func (r *reader) inline(payload []byte) (over bool, err error) {
 		// Another call is under way. The replies that are ready need not wait
 		// for it.
 		r.sample()
-		r.c.sender.send(&r.out)
+		r.send()
 		if err := r.reserve(); err != nil {
 			return false, err
 		}
@@ -295,7 +300,7 @@ func (r *reader) finishTaken() error {
 	if err != nil {
 		r.c.disconnect(true)
 	}
-	r.c.sender.send(&r.out)
+	r.send()
 	<-r.c.slots
 	return nil
 }

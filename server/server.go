@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"nbdhost/backend"
@@ -62,6 +63,12 @@ type Server struct {
 	log     *slog.Logger
 	gate    *backend.Gate
 	watcher watcher
+	exports exports
+
+	// For Stats.
+	workers     atomic.Int64
+	tlsFailures atomic.Uint64
+	failures    [reasons]atomic.Uint64 // of handshakes
 
 	quit     chan struct{} // closed by Shutdown
 	shutdown sync.Once

@@ -3,6 +3,7 @@ package server
 import (
 	"errors"
 	"math"
+	"time"
 
 	"nbdhost/backend"
 	"nbdhost/protocol"
@@ -17,6 +18,11 @@ type task struct {
 	err  error
 	out  batch // replies not yet sent, and room for the next one
 	at   int   // where in out.buf the reply of the request under way begins
+
+	// arrived is when the request, and those before it in the batch, had been
+	// received.
+	arrived time.Time
+	tally   tally
 
 	// tail is the error with which a read ends whose range was cut to what the
 	// export has; nil else.
@@ -66,7 +72,7 @@ func (t *task) room(n int) error {
 	if t.out.fits(n) && (t.out.empty() || t.out.end-t.out.start+n <= batchSize) {
 		return nil
 	}
-	t.c.sender.send(&t.out)
+	t.send()
 	return t.out.grow(t.c.replyHead(), n)
 }
 
@@ -166,6 +172,7 @@ func (t *task) pause() error {
 // finish adds the reply to the batch. An error means that there is no memory for
 // it.
 func (t *task) finish() error {
+	t.count()
 	switch {
 	case t.err != nil:
 		return t.refuse()

@@ -70,10 +70,13 @@ func (n *negotiation) startTLS(opt protocol.Option) error {
 		if !c.s.quitting() {
 			c.log.Error(err.Error())
 		}
+		c.refusal = ReasonTLS
+		c.s.tlsFailures.Add(1)
 		return err
 	}
 	n.forget()
 	c.secure = secure
+	c.refusal = ReasonClient
 	n.in.init(c)
 	c.peer.TLS = true
 	c.peer.TLSDN, c.peer.TLSIssuerDN = secure.Peer()

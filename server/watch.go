@@ -112,6 +112,8 @@ func (c *conn) takeAway(r *reader, state uint64) {
 	c.slow.Store(true)
 	c.cost.Store(int64(tick))
 	n := newReader(c)
+	r.account() // what waits to be sent need not wait for the call
+	n.arrived = r.arrived
 	err := r.in.handOver(&n.in)
 	if err == nil && !r.out.empty() {
 		if err = n.out.grow(c.replyHead(), r.out.end-r.out.start); err == nil {

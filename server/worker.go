@@ -10,6 +10,7 @@ import (
 // A job is a request for a worker.
 type job struct {
 	req     protocol.Request
+	arrived time.Time       // see task
 	tail    error           // see task
 	payload *backend.Buffer // of a write; the worker's
 }
@@ -62,12 +63,13 @@ func (r *reader) delegate(payload int) error {
 		}
 		j.payload = b
 	}
+	j.arrived = r.arrived
 	c := r.c
 	select {
 	case c.slots <- struct{}{}:
 	default:
 		// What is ready to be sent need not wait for a call to return.
-		c.sender.send(&r.out)
+		r.send()
 		c.slots <- struct{}{}
 	}
 	select {
@@ -103,6 +105,8 @@ func (r *reader) receiveInto(p []byte) error {
 // work carries out j and then other jobs, until there will be none.
 func (c *conn) work(j job) {
 	defer c.calling.Done()
+	c.s.workers.Add(1)
+	defer c.s.workers.Add(-1)
 	t := &task{}
 	t.init(c)
 	c.call.Debugf("starting worker thread %s.%d", c.s.opts.Chain.Name(), t.call.Worker)
@@ -113,7 +117,7 @@ func (c *conn) work(j job) {
 
 func (t *task) do(j job) {
 	c := t.c
-	t.req, t.tail = j.req, j.tail
+	t.req, t.arrived, t.tail = j.req, j.arrived, j.tail
 	if t.err = t.reserve(); t.err == nil {
 		began := time.Now()
 		c.lane.Lock()
@@ -130,7 +134,7 @@ func (t *task) do(j job) {
 		c.log.Error("send reply: " + err.Error() + "; closing the connection")
 		c.disconnect(true)
 	}
-	c.sender.send(&t.out)
+	t.send()
 	t.out.release() // it may be long until the next job
 	<-c.slots
 }

@@ -1,0 +1,328 @@
+package server
+
+import (
+	"cmp"
+	"errors"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"nbdhost/backend"
+	"nbdhost/protocol"
+)
+
+// Stats is what a server has counted since it was made, and how it stands now.
+type Stats struct {
+	Connections int    // open now
+	Accepted    uint64 // connections so far, without those that a limit refused
+	InFlight    int    // requests that the chain is working on
+	Workers     int    // goroutines that make calls besides the connections' own
+	TLSFailures uint64 // handshakes of TLS that failed
+	// Failures counts the connections that did not get through the handshake.
+	Failures [reasons]uint64
+	// Exports are those that clients have used, by name, and the rest together.
+	Exports []ExportStats
+}
+
+// Operations is how many requests were answered, and Bytes how many bytes were
+// read and written for them.
+func (s Stats) Operations() (n uint64) {
+	return s.sum(func(c *CommandStats) uint64 { return c.Operations })
+}
+
+// Bytes is how many bytes of data were read and written.
+func (s Stats) Bytes() uint64 {
+	return s.sum(func(c *CommandStats) uint64 {
+		if c.Command == protocol.CmdRead || c.Command == protocol.CmdWrite {
+			return c.Bytes
+		}
+		return 0
+	})
+}
+
+func (s Stats) sum(of func(*CommandStats) uint64) (n uint64) {
+	for i := range s.Exports {
+		for j := range s.Exports[i].Commands {
+			n += of(&s.Exports[i].Commands[j])
+		}
+	}
+	return n
+}
+
+// A Reason says why a connection did not get through the handshake.
+type Reason int
+
+const (
+	ReasonClient      Reason = iota // the client went away
+	ReasonExport                    // the chain did not open the export
+	ReasonPreconnect                // the chain's .preconnect refused the client
+	ReasonProtocol                  // the client broke the protocol
+	ReasonShutdown                  // the server was stopping
+	ReasonTimeout                   // the client took too long
+	ReasonTLS                       // the TLS handshake failed
+	ReasonTLSRequired               // the client did not want TLS
+	reasons
+)
+
+// String is a word for a label, such as "tls_required".
+func (r Reason) String() string {
+	return [reasons]string{"client", "export", "preconnect", "protocol", "shutdown", "timeout", "tls", "tls_required"}[r]
+}
+
+// ExportStats is about the connections of one export.
+type ExportStats struct {
+	// Name is what the clients call it. Other tells that it stands for all that
+	// came after the first maxNamedExports.
+	Name        string
+	Other       bool
+	Connections int
+	// Commands are those that were used, in the order of their numbers.
+	Commands []CommandStats
+}
+
+// CommandStats is about one command of the connections of one export.
+type CommandStats struct {
+	Command    protocol.Command // one that is not in the protocol's table counts as [UnknownCommand]
+	Operations uint64           // that were answered, also with an error
+	Bytes      uint64           // that those without an error were about
+	// Errors counts what was answered with an error by the name of the module
+	// that it came from, "" for the server's own. A fast zero that would not
+	// be fast is no error.
+	Errors map[string]uint64
+	// Latency counts operations by the time from when they were received until
+	// their reply was ready to be sent; Latency[i] is those of at most
+	// LatencyBounds[i] and more than the bound before, and the last is of
+	// those above all bounds.
+	Latency [len(LatencyBounds) + 1]uint64
+	// Seconds is the sum of the latencies.
+	Seconds float64
+}
+
+// UnknownCommand stands for all commands that are not in the protocol's table.
+const UnknownCommand = protocol.Command(len(protocol.Commands))
+
+// LatencyBounds are the upper bounds of the ranges of latencies that are counted.
+var LatencyBounds = [...]time.Duration{
+	10 * time.Microsecond, 25 * time.Microsecond, 50 * time.Microsecond,
+	100 * time.Microsecond, 250 * time.Microsecond, 500 * time.Microsecond,
+	time.Millisecond, 2500 * time.Microsecond, 5 * time.Millisecond,
+	10 * time.Millisecond, 25 * time.Millisecond, 50 * time.Millisecond,
+	100 * time.Millisecond, 250 * time.Millisecond, 500 * time.Millisecond,
+	time.Second, 2500 * time.Millisecond, 5 * time.Second, 10 * time.Second,
+}
+
+// maxNamedExports bounds the exports that are counted each on their own: clients
+// choose the names.
+const maxNamedExports = 100
+
+const countedCommands = int(UnknownCommand) + 1
+
+// A tally is what a task has answered since it last told its connection. It
+// belongs to the task, so that counting costs a request next to nothing; what
+// costs more happens once for a batch of replies.
+type tally struct {
+	used  uint // a bit for each command
+	ops   [countedCommands]uint32
+	bytes [countedCommands]uint64
+}
+
+// count takes note of the answer to t.req.
+func (t *task) count() {
+	i := min(int(t.req.Type), countedCommands-1)
+	t.tally.used |= 1 << i
+	t.tally.ops[i]++
+	if t.err == nil && t.req.Type != protocol.CmdBlockStatus {
+		t.tally.bytes[i] += t.req.Length
+	}
+	if err := cmp.Or(t.err, t.tail); err != nil {
+		t.c.counters.failed(t.req.Type, err, t.req.Flags)
+	}
+}
+
+// account passes on what was counted. It comes right before the replies are sent,
+// which ends the latency of each.
+func (t *task) account() {
+	if t.tally.used == 0 {
+		return
+	}
+	t.c.counters.add(&t.tally, time.Since(t.arrived))
+	t.tally = tally{}
+}
+
+// send sends the replies that wait.
+func (t *task) send() {
+	t.account()
+	t.c.sender.send(&t.out)
+}
+
+// counters are those of one connection, or of those of an export that are gone.
+type counters struct {
+	mu       sync.Mutex
+	commands [countedCommands]*CommandStats // nil for those not used
+}
+
+// of returns what is counted for a command. mu is held.
+func (c *counters) of(i int) *CommandStats {
+	if c.commands[i] == nil {
+		c.commands[i] = &CommandStats{Command: protocol.Command(i)}
+	}
+	return c.commands[i]
+}
+
+func (c *counters) add(t *tally, latency time.Duration) {
+	bucket, _ := slices.BinarySearch(LatencyBounds[:], latency)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for i, n := range t.ops {
+		if t.used&(1<<i) == 0 {
+			continue
+		}
+		s := c.of(i)
+		s.Operations += uint64(n)
+		s.Bytes += t.bytes[i]
+		s.Latency[bucket] += uint64(n)
+		s.Seconds += latency.Seconds() * float64(n)
+	}
+}
+
+// failed counts an error.
+func (c *counters) failed(cmd protocol.Command, err error, flags protocol.CommandFlags) {
+	if flags&protocol.CmdFlagFastZero != 0 && errors.Is(err, syscall.EOPNOTSUPP) {
+		return // an answer that the client asked for
+	}
+	module := ""
+	if e := (*backend.Error)(nil); errors.As(err, &e) {
+		module = e.Module
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	s := c.of(min(int(cmd), countedCommands-1))
+	if s.Errors == nil {
+		s.Errors = map[string]uint64{}
+	}
+	s.Errors[module]++
+}
+
+// addTo adds everything to sum, which nobody else uses.
+func (c *counters) addTo(sum *counters) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for i, s := range c.commands {
+		if s == nil {
+			continue
+		}
+		to := sum.of(i)
+		to.Operations += s.Operations
+		to.Bytes += s.Bytes
+		to.Seconds += s.Seconds
+		for b, n := range s.Latency {
+			to.Latency[b] += n
+		}
+		for module, n := range s.Errors {
+			if to.Errors == nil {
+				to.Errors = map[string]uint64{}
+			}
+			to.Errors[module] += n
+		}
+	}
+}
+
+// An export is one that clients have open, or one whose name is kept.
+type export struct {
+	name  string
+	other bool // of several names
+	conns map[*conn]struct{}
+	past  counters // of connections that are gone
+}
+
+// exports are a server's. Its mutex is never held while anybody waits.
+type exports struct {
+	mu    sync.Mutex
+	named map[string]*export
+	rest  *export // nil as long as there are few names
+}
+
+// enter puts c among the connections of the export that it has opened.
+func (x *exports) enter(c *conn, name string) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	e := x.named[name]
+	switch {
+	case e != nil:
+	case len(x.named) < maxNamedExports:
+		if x.named == nil {
+			x.named = map[string]*export{}
+		}
+		e = &export{name: name, conns: map[*conn]struct{}{}}
+		x.named[name] = e
+	default:
+		if x.rest == nil {
+			x.rest = &export{other: true, conns: map[*conn]struct{}{}}
+		}
+		e = x.rest
+	}
+	e.conns[c] = struct{}{}
+	c.export = e
+}
+
+// leave ends what enter began; no request follows.
+func (x *exports) leave(c *conn) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	delete(c.export.conns, c)
+	c.counters.addTo(&c.export.past)
+}
+
+// stats adds up what is counted, and tells how many requests are in flight.
+func (x *exports) stats() (list []ExportStats, inFlight int) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	all := slices.SortedFunc(maps.Values(x.named), func(a, b *export) int { return strings.Compare(a.name, b.name) })
+	if x.rest != nil {
+		all = append(all, x.rest)
+	}
+	for _, e := range all {
+		var sum counters
+		e.past.addTo(&sum)
+		for c := range e.conns {
+			c.counters.addTo(&sum)
+			inFlight += c.inFlight()
+		}
+		s := ExportStats{Name: e.name, Other: e.other, Connections: len(e.conns)}
+		for _, command := range sum.commands {
+			if command != nil {
+				s.Commands = append(s.Commands, *command)
+			}
+		}
+		list = append(list, s)
+	}
+	return list, inFlight
+}
+
+// inFlight is how many calls are under way.
+func (c *conn) inFlight() int {
+	n := len(c.slots)
+	if r := c.reader.Load(); r != nil && r.state.Load()&mask == busy {
+		n++
+	}
+	return n
+}
+
+// Stats may be called by any goroutine at any time. It holds up no request for
+// longer than it takes to copy a connection's counters.
+func (s *Server) Stats() Stats {
+	var st Stats
+	s.mu.Lock()
+	st.Connections, st.Accepted = len(s.conns), s.lastID
+	s.mu.Unlock()
+	st.Workers = int(s.workers.Load())
+	st.TLSFailures = s.tlsFailures.Load()
+	for r := range st.Failures {
+		st.Failures[r] = s.failures[r].Load()
+	}
+	st.Exports, st.InFlight = s.exports.stats()
+	return st
+}
