@@ -136,6 +136,14 @@ type Call struct {
 	Worker int
 	// Log receives a line for each callback at debug level; nil for none.
 	Log *slog.Logger
+	// Request is what the client asked for. Only messages show it.
+	Request Request
+}
+
+// A Request names a client's request, in the words of the protocol.
+type Request struct {
+	Command string // "" for none
+	Cookie  uint64 // the client's own number
 }
 
 // tracing tells whether debug lines are wanted at all.

@@ -12,9 +12,12 @@
 __thread struct nbdhost_frame *nbdhost_frame;
 
 static void
-enter (struct nbdhost_frame *f, nbdhost_ctx ctx, int worker)
+enter (struct nbdhost_frame *f, nbdhost_ctx ctx, int worker, void *fn)
 {
   f->ctx = ctx;
+  f->fn = fn;
+  f->kind = NBDHOST_NO_REQUEST;
+  f->cookie = 0;
   /* A callback of a filter that leads to another does not change the thread. */
   f->worker =
     worker == NBDHOST_HANDSHAKE && nbdhost_frame ? nbdhost_frame->worker
@@ -25,6 +28,20 @@ enter (struct nbdhost_frame *f, nbdhost_ctx ctx, int worker)
   nbdhost_frame = f;
   /* A stale value must not become the error of a callback that sets none. */
   errno = 0;
+}
+
+/* Enter a callback for a request. count and offset are those of a range. */
+static void
+enter_request (struct nbdhost_frame *f, nbdhost_ctx ctx,
+               struct nbdhost_origin origin, void *fn, bool range,
+               uint32_t count, uint64_t offset)
+{
+  enter (f, ctx, origin.worker, fn);
+  f->kind = range ? NBDHOST_RANGE : NBDHOST_REQUEST;
+  f->cookie = f->outer && f->outer->kind != NBDHOST_NO_REQUEST
+                ? f->outer->cookie : origin.cookie;
+  f->count = count;
+  f->offset = offset;
 }
 
 /* Pop the frame. On failure the error is that of nbdkit_set_error, else errno
@@ -55,7 +72,16 @@ leave (struct nbdhost_frame *f, int64_t ret, void *ptr, bool failed)
 #define CALL(ctx, worker, type, fn, ...)                        \
   do {                                                          \
     struct nbdhost_frame f;                                     \
-    enter (&f, ctx, worker);                                    \
+    enter (&f, ctx, worker, fn);                                \
+    int64_t ret = ((type) fn) (__VA_ARGS__);                    \
+    return leave (&f, ret, NULL, ret < 0);                      \
+  } while (0)
+
+/* The same for a request. */
+#define CALL_REQUEST(ctx, origin, range, count, offset, type, fn, ...)  \
+  do {                                                          \
+    struct nbdhost_frame f;                                     \
+    enter_request (&f, ctx, origin, fn, range, count, offset);  \
     int64_t ret = ((type) fn) (__VA_ARGS__);                    \
     return leave (&f, ret, NULL, ret < 0);                      \
   } while (0)
@@ -64,7 +90,7 @@ leave (struct nbdhost_frame *f, int64_t ret, void *ptr, bool failed)
 #define CALL_PTR(ctx, type, fn, ...)                            \
   do {                                                          \
     struct nbdhost_frame f;                                     \
-    enter (&f, ctx, NBDHOST_HANDSHAKE);                         \
+    enter (&f, ctx, NBDHOST_HANDSHAKE, fn);                     \
     void *ptr = (void *) ((type) fn) (__VA_ARGS__);             \
     return leave (&f, 0, ptr, ptr == NULL);                     \
   } while (0)
@@ -74,7 +100,7 @@ nbdhost_call_void (nbdhost_ctx ctx, void *fn)
 {
   struct nbdhost_frame f;
 
-  enter (&f, ctx, NBDHOST_HANDSHAKE);
+  enter (&f, ctx, NBDHOST_HANDSHAKE, fn);
   ((void (*) (void)) fn) ();
   leave (&f, 0, NULL, false);
 }
@@ -107,7 +133,7 @@ nbdhost_call_list_exports (nbdhost_ctx ctx, void *fn, int readonly, int is_tls)
   struct nbdkit_exports *exports;
   int ret = -1;
 
-  enter (&f, ctx, NBDHOST_HANDSHAKE);
+  enter (&f, ctx, NBDHOST_HANDSHAKE, fn);
   exports = nbdkit_exports_new ();
   if (exports == NULL)
     nbdkit_set_error (ENOMEM);
@@ -135,7 +161,7 @@ nbdhost_call_close (nbdhost_ctx ctx, void *fn, void *handle)
 {
   struct nbdhost_frame f;
 
-  enter (&f, ctx, NBDHOST_HANDSHAKE);
+  enter (&f, ctx, NBDHOST_HANDSHAKE, fn);
   ((void (*) (void *)) fn) (handle);
   leave (&f, 0, NULL, false);
 }
@@ -165,7 +191,7 @@ nbdhost_call_block_size (nbdhost_ctx ctx, void *fn, void *handle)
   struct nbdhost_block_size b = { 0 };
   int ret;
 
-  enter (&f, ctx, NBDHOST_HANDSHAKE);
+  enter (&f, ctx, NBDHOST_HANDSHAKE, fn);
   ret = ((int (*) (void *, uint32_t *, uint32_t *, uint32_t *)) fn) (
       handle, &b.minimum, &b.preferred, &b.maximum);
   b.r = leave (&f, ret, NULL, ret < 0);
@@ -173,36 +199,41 @@ nbdhost_call_block_size (nbdhost_ctx ctx, void *fn, void *handle)
 }
 
 struct nbdhost_result
-nbdhost_call_pread (nbdhost_ctx ctx, int worker, void *fn, void *handle,
-                    void *buf, uint32_t count, uint64_t offset, uint32_t flags)
-{
-  CALL (ctx, worker, int (*) (void *, void *, uint32_t, uint64_t, uint32_t),
-        fn, handle, buf, count, offset, flags);
-}
-
-struct nbdhost_result
-nbdhost_call_pwrite (nbdhost_ctx ctx, int worker, void *fn, void *handle,
-                     const void *buf, uint32_t count, uint64_t offset,
-                     uint32_t flags)
-{
-  CALL (ctx, worker,
-        int (*) (void *, const void *, uint32_t, uint64_t, uint32_t), fn,
-        handle, buf, count, offset, flags);
-}
-
-struct nbdhost_result
-nbdhost_call_flush (nbdhost_ctx ctx, int worker, void *fn, void *handle,
+nbdhost_call_pread (nbdhost_ctx ctx, struct nbdhost_origin origin, void *fn,
+                    void *handle, void *buf, uint32_t count, uint64_t offset,
                     uint32_t flags)
 {
-  CALL (ctx, worker, int (*) (void *, uint32_t), fn, handle, flags);
+  CALL_REQUEST (ctx, origin, true, count, offset,
+                int (*) (void *, void *, uint32_t, uint64_t, uint32_t), fn,
+                handle, buf, count, offset, flags);
 }
 
 struct nbdhost_result
-nbdhost_call_range (nbdhost_ctx ctx, int worker, void *fn, void *handle,
-                    uint32_t count, uint64_t offset, uint32_t flags)
+nbdhost_call_pwrite (nbdhost_ctx ctx, struct nbdhost_origin origin, void *fn,
+                     void *handle, const void *buf, uint32_t count,
+                     uint64_t offset, uint32_t flags)
 {
-  CALL (ctx, worker, int (*) (void *, uint32_t, uint64_t, uint32_t), fn,
-        handle, count, offset, flags);
+  CALL_REQUEST (ctx, origin, true, count, offset,
+                int (*) (void *, const void *, uint32_t, uint64_t, uint32_t),
+                fn, handle, buf, count, offset, flags);
+}
+
+struct nbdhost_result
+nbdhost_call_flush (nbdhost_ctx ctx, struct nbdhost_origin origin, void *fn,
+                    void *handle, uint32_t flags)
+{
+  CALL_REQUEST (ctx, origin, false, 0, 0, int (*) (void *, uint32_t), fn,
+                handle, flags);
+}
+
+struct nbdhost_result
+nbdhost_call_range (nbdhost_ctx ctx, struct nbdhost_origin origin, void *fn,
+                    void *handle, uint32_t count, uint64_t offset,
+                    uint32_t flags)
+{
+  CALL_REQUEST (ctx, origin, true, count, offset,
+                int (*) (void *, uint32_t, uint64_t, uint32_t), fn, handle,
+                count, offset, flags);
 }
 
 /* ptr: the list, the caller's to free, also on failure; NULL: out of memory, or
@@ -210,14 +241,15 @@ nbdhost_call_range (nbdhost_ctx ctx, int worker, void *fn, void *handle,
  * end of the disk, which cuts it, is not known here.
  */
 struct nbdhost_result
-nbdhost_call_extents (nbdhost_ctx ctx, int worker, void *fn, void *handle,
-                      uint32_t count, uint64_t offset, uint32_t flags)
+nbdhost_call_extents (nbdhost_ctx ctx, struct nbdhost_origin origin, void *fn,
+                      void *handle, uint32_t count, uint64_t offset,
+                      uint32_t flags)
 {
   struct nbdhost_frame f;
   struct nbdkit_extents *extents;
   int ret = -1;
 
-  enter (&f, ctx, worker);
+  enter_request (&f, ctx, origin, fn, true, count, offset);
   extents = nbdkit_extents_new (offset, INT64_MAX);
   if (extents == NULL)
     nbdkit_set_error (errno);
@@ -229,52 +261,60 @@ nbdhost_call_extents (nbdhost_ctx ctx, int worker, void *fn, void *handle,
 }
 
 struct nbdhost_result
-nbdhost_call_pread_v1 (nbdhost_ctx ctx, int worker, void *fn, void *handle,
-                       void *buf, uint32_t count, uint64_t offset)
+nbdhost_call_pread_v1 (nbdhost_ctx ctx, struct nbdhost_origin origin, void *fn,
+                       void *handle, void *buf, uint32_t count,
+                       uint64_t offset)
 {
-  CALL (ctx, worker, int (*) (void *, void *, uint32_t, uint64_t), fn, handle,
-        buf, count, offset);
+  CALL_REQUEST (ctx, origin, true, count, offset,
+                int (*) (void *, void *, uint32_t, uint64_t), fn, handle, buf,
+                count, offset);
 }
 
 struct nbdhost_result
-nbdhost_call_pwrite_v1 (nbdhost_ctx ctx, int worker, void *fn, void *handle,
-                        const void *buf, uint32_t count, uint64_t offset)
+nbdhost_call_pwrite_v1 (nbdhost_ctx ctx, struct nbdhost_origin origin,
+                        void *fn, void *handle, const void *buf,
+                        uint32_t count, uint64_t offset)
 {
-  CALL (ctx, worker, int (*) (void *, const void *, uint32_t, uint64_t), fn,
-        handle, buf, count, offset);
+  CALL_REQUEST (ctx, origin, true, count, offset,
+                int (*) (void *, const void *, uint32_t, uint64_t), fn, handle,
+                buf, count, offset);
 }
 
 struct nbdhost_result
-nbdhost_call_flush_v1 (nbdhost_ctx ctx, int worker, void *fn, void *handle)
+nbdhost_call_flush_v1 (nbdhost_ctx ctx, struct nbdhost_origin origin, void *fn,
+                       void *handle)
 {
-  CALL (ctx, worker, int (*) (void *), fn, handle);
+  CALL_REQUEST (ctx, origin, false, 0, 0, int (*) (void *), fn, handle);
 }
 
 struct nbdhost_result
-nbdhost_call_trim_v1 (nbdhost_ctx ctx, int worker, void *fn, void *handle,
-                      uint32_t count, uint64_t offset)
+nbdhost_call_trim_v1 (nbdhost_ctx ctx, struct nbdhost_origin origin, void *fn,
+                      void *handle, uint32_t count, uint64_t offset)
 {
-  CALL (ctx, worker, int (*) (void *, uint32_t, uint64_t), fn, handle, count,
-        offset);
+  CALL_REQUEST (ctx, origin, true, count, offset,
+                int (*) (void *, uint32_t, uint64_t), fn, handle, count,
+                offset);
 }
 
 struct nbdhost_result
-nbdhost_call_zero_v1 (nbdhost_ctx ctx, int worker, void *fn, void *handle,
-                      uint32_t count, uint64_t offset, int may_trim)
+nbdhost_call_zero_v1 (nbdhost_ctx ctx, struct nbdhost_origin origin, void *fn,
+                      void *handle, uint32_t count, uint64_t offset,
+                      int may_trim)
 {
-  CALL (ctx, worker, int (*) (void *, uint32_t, uint64_t, int), fn, handle,
-        count, offset, may_trim);
+  CALL_REQUEST (ctx, origin, true, count, offset,
+                int (*) (void *, uint32_t, uint64_t, int), fn, handle, count,
+                offset, may_trim);
 }
 
 /* ---- filters ---- */
 
 /* Call a data callback of a filter, which gives its error in *err. */
-#define CALL_ERR(ctx, worker, type, fn, ...)                    \
+#define CALL_ERR(ctx, origin, range, count, offset, type, fn, ...)      \
   do {                                                          \
     struct nbdhost_frame f;                                     \
     struct nbdhost_result r;                                    \
     int err = 0, ret;                                           \
-    enter (&f, ctx, worker);                                    \
+    enter_request (&f, ctx, origin, fn, range, count, offset);  \
     ret = ((type) fn) (__VA_ARGS__, &err);                      \
     r = leave (&f, ret, NULL, ret < 0);                         \
     if (ret < 0 && err != 0)                                    \
@@ -317,7 +357,7 @@ nbdhost_filter_cleanup (void *fn, backend b)
 {
   struct nbdhost_frame f;
 
-  enter (&f, NULL, NBDHOST_HANDSHAKE);
+  enter (&f, NULL, NBDHOST_HANDSHAKE, fn);
   ((void (*) (backend)) fn) (b);
   leave (&f, 0, NULL, false);
 }
@@ -338,7 +378,7 @@ nbdhost_filter_list_exports (nbdhost_ctx ctx, void *fn, backend b,
   struct nbdkit_exports *exports;
   int ret = -1;
 
-  enter (&f, ctx, NBDHOST_HANDSHAKE);
+  enter (&f, ctx, NBDHOST_HANDSHAKE, fn);
   exports = nbdkit_exports_new ();
   if (exports == NULL)
     nbdkit_set_error (ENOMEM);
@@ -366,7 +406,7 @@ nbdhost_filter_open (nbdhost_ctx ctx, int worker, void *fn,
   struct nbdhost_frame f;
   void *ptr;
 
-  enter (&f, ctx, worker);
+  enter (&f, ctx, worker, fn);
   ptr = ((void *(*) (int (*) (struct nbdkit_context *, int, const char *),
                      struct nbdkit_context *, int, const char *, int)) fn) (
       nbdhost_next_open, context, readonly, exportname, is_tls);
@@ -378,7 +418,7 @@ nbdhost_filter_close (nbdhost_ctx ctx, int worker, void *fn, void *handle)
 {
   struct nbdhost_frame f;
 
-  enter (&f, ctx, worker);
+  enter (&f, ctx, worker, fn);
   ((void (*) (void *)) fn) (handle);
   leave (&f, 0, NULL, false);
 }
@@ -412,7 +452,7 @@ nbdhost_filter_string (nbdhost_ctx ctx, int worker, void *fn,
   struct nbdhost_frame f;
   void *ptr;
 
-  enter (&f, ctx, worker);
+  enter (&f, ctx, worker, fn);
   ptr = (void *) ((const char *(*) (nbdhost_next, void *)) fn) (next, handle);
   return leave (&f, 0, ptr, ptr == NULL);
 }
@@ -425,7 +465,7 @@ nbdhost_filter_block_size (nbdhost_ctx ctx, int worker, void *fn,
   struct nbdhost_block_size b = { 0 };
   int ret;
 
-  enter (&f, ctx, worker);
+  enter (&f, ctx, worker, fn);
   ret = ((int (*) (nbdhost_next, void *, uint32_t *, uint32_t *,
                    uint32_t *)) fn) (next, handle, &b.minimum, &b.preferred,
                                      &b.maximum);
@@ -434,47 +474,46 @@ nbdhost_filter_block_size (nbdhost_ctx ctx, int worker, void *fn,
 }
 
 struct nbdhost_result
-nbdhost_filter_io (nbdhost_ctx ctx, int worker, void *fn, nbdhost_next next,
-                   void *handle, void *buf, uint32_t count, uint64_t offset,
-                   uint32_t flags)
+nbdhost_filter_io (nbdhost_ctx ctx, struct nbdhost_origin origin, void *fn,
+                   nbdhost_next next, void *handle, void *buf, uint32_t count,
+                   uint64_t offset, uint32_t flags)
 {
-  CALL_ERR (ctx, worker,
-            int (*) (nbdhost_next, void *, void *, uint32_t, uint64_t,
-                     uint32_t, int *),
+  CALL_ERR (ctx, origin, true, count, offset,
+            int (*) (nbdhost_next, void *, void *, uint32_t, uint64_t, uint32_t, int *),
             fn, next, handle, buf, count, offset, flags);
 }
 
 struct nbdhost_result
-nbdhost_filter_flush (nbdhost_ctx ctx, int worker, void *fn, nbdhost_next next,
-                      void *handle, uint32_t flags)
+nbdhost_filter_flush (nbdhost_ctx ctx, struct nbdhost_origin origin, void *fn,
+                      nbdhost_next next, void *handle, uint32_t flags)
 {
-  CALL_ERR (ctx, worker, int (*) (nbdhost_next, void *, uint32_t, int *), fn,
-            next, handle, flags);
+  CALL_ERR (ctx, origin, false, 0, 0,
+            int (*) (nbdhost_next, void *, uint32_t, int *), fn, next, handle,
+            flags);
 }
 
 struct nbdhost_result
-nbdhost_filter_range (nbdhost_ctx ctx, int worker, void *fn, nbdhost_next next,
-                      void *handle, uint32_t count, uint64_t offset,
-                      uint32_t flags)
+nbdhost_filter_range (nbdhost_ctx ctx, struct nbdhost_origin origin, void *fn,
+                      nbdhost_next next, void *handle, uint32_t count,
+                      uint64_t offset, uint32_t flags)
 {
-  CALL_ERR (
-      ctx, worker,
-      int (*) (nbdhost_next, void *, uint32_t, uint64_t, uint32_t, int *), fn,
-      next, handle, count, offset, flags);
+  CALL_ERR (ctx, origin, true, count, offset,
+            int (*) (nbdhost_next, void *, uint32_t, uint64_t, uint32_t, int *),
+            fn, next, handle, count, offset, flags);
 }
 
 /* ptr: as that of nbdhost_call_extents. */
 struct nbdhost_result
-nbdhost_filter_extents (nbdhost_ctx ctx, int worker, void *fn,
-                        nbdhost_next next, void *handle, uint32_t count,
-                        uint64_t offset, uint32_t flags)
+nbdhost_filter_extents (nbdhost_ctx ctx, struct nbdhost_origin origin,
+                        void *fn, nbdhost_next next, void *handle,
+                        uint32_t count, uint64_t offset, uint32_t flags)
 {
   struct nbdhost_frame f;
   struct nbdhost_result r;
   struct nbdkit_extents *extents;
   int err = 0, ret = -1;
 
-  enter (&f, ctx, worker);
+  enter_request (&f, ctx, origin, fn, true, count, offset);
   extents = nbdkit_extents_new (offset, INT64_MAX);
   if (extents == NULL)
     err = errno;

@@ -248,25 +248,36 @@ func CallBlockSize(ctx *Context, fn, handle unsafe.Pointer) (minimum, preferred,
 	return uint32(b.minimum), uint32(b.preferred), uint32(b.maximum), result(b.r)
 }
 
+// Origin says which of a client's requests a call is for. Where a callback of a filter
+// makes the call, on the same thread, it is the filter's request.
+type Origin struct {
+	Worker int    // of the connection, from 0, or Handshake or Foreign; for log lines
+	Cookie uint64 // the client's; for crash reports and log lines
+}
+
+func (o Origin) c() C.struct_nbdhost_origin {
+	return C.struct_nbdhost_origin{worker: C.int(o.Worker), cookie: C.uint64_t(o.Cookie)}
+}
+
 // CallPread calls .pread: count bytes at offset into buf, which is C memory and the
-// callee's for this call. worker, from 0, goes into log lines.
-func CallPread(ctx *Context, worker int, fn, handle, buf unsafe.Pointer, count uint32, offset uint64, flags uint32) Result {
-	return result(C.nbdhost_call_pread(ctx.ptr(), C.int(worker), fn, handle, buf, C.uint32_t(count), C.uint64_t(offset), C.uint32_t(flags)))
+// callee's for this call.
+func CallPread(ctx *Context, o Origin, fn, handle, buf unsafe.Pointer, count uint32, offset uint64, flags uint32) Result {
+	return result(C.nbdhost_call_pread(ctx.ptr(), o.c(), fn, handle, buf, C.uint32_t(count), C.uint64_t(offset), C.uint32_t(flags)))
 }
 
 // CallPwrite calls .pwrite, as [CallPread].
-func CallPwrite(ctx *Context, worker int, fn, handle, buf unsafe.Pointer, count uint32, offset uint64, flags uint32) Result {
-	return result(C.nbdhost_call_pwrite(ctx.ptr(), C.int(worker), fn, handle, buf, C.uint32_t(count), C.uint64_t(offset), C.uint32_t(flags)))
+func CallPwrite(ctx *Context, o Origin, fn, handle, buf unsafe.Pointer, count uint32, offset uint64, flags uint32) Result {
+	return result(C.nbdhost_call_pwrite(ctx.ptr(), o.c(), fn, handle, buf, C.uint32_t(count), C.uint64_t(offset), C.uint32_t(flags)))
 }
 
 // CallFlush calls .flush.
-func CallFlush(ctx *Context, worker int, fn, handle unsafe.Pointer, flags uint32) Result {
-	return result(C.nbdhost_call_flush(ctx.ptr(), C.int(worker), fn, handle, C.uint32_t(flags)))
+func CallFlush(ctx *Context, o Origin, fn, handle unsafe.Pointer, flags uint32) Result {
+	return result(C.nbdhost_call_flush(ctx.ptr(), o.c(), fn, handle, C.uint32_t(flags)))
 }
 
 // CallRange calls .trim, .zero or .cache.
-func CallRange(ctx *Context, worker int, fn, handle unsafe.Pointer, count uint32, offset uint64, flags uint32) Result {
-	return result(C.nbdhost_call_range(ctx.ptr(), C.int(worker), fn, handle, C.uint32_t(count), C.uint64_t(offset), C.uint32_t(flags)))
+func CallRange(ctx *Context, o Origin, fn, handle unsafe.Pointer, count uint32, offset uint64, flags uint32) Result {
+	return result(C.nbdhost_call_range(ctx.ptr(), o.c(), fn, handle, C.uint32_t(count), C.uint64_t(offset), C.uint32_t(flags)))
 }
 
 // Extent is a run of bytes of one type (NBDKIT_EXTENT_HOLE, NBDKIT_EXTENT_ZERO).
@@ -280,8 +291,8 @@ type Extent struct {
 // types, at most 1 Mi of them. They may reach beyond the range, and even the disk:
 // the caller cuts them. On success there may be none: that is the module's error.
 // An error of add ends this and is returned.
-func CallExtents(ctx *Context, worker int, fn, handle unsafe.Pointer, count uint32, offset uint64, flags uint32, add func(offset, length uint64, typ uint32) error) (Result, error) {
-	return eachExtent(C.nbdhost_call_extents(ctx.ptr(), C.int(worker), fn, handle, C.uint32_t(count), C.uint64_t(offset), C.uint32_t(flags)), add)
+func CallExtents(ctx *Context, o Origin, fn, handle unsafe.Pointer, count uint32, offset uint64, flags uint32, add func(offset, length uint64, typ uint32) error) (Result, error) {
+	return eachExtent(C.nbdhost_call_extents(ctx.ptr(), o.c(), fn, handle, C.uint32_t(count), C.uint64_t(offset), C.uint32_t(flags)), add)
 }
 
 // eachExtent frees the list, which no copy is made of: block status, which clients ask
@@ -305,28 +316,28 @@ func eachExtent(r C.struct_nbdhost_result, add func(offset, length uint64, typ u
 }
 
 // CallPreadV1 calls the .pread of plugin API version 1.
-func CallPreadV1(ctx *Context, worker int, fn, handle, buf unsafe.Pointer, count uint32, offset uint64) Result {
-	return result(C.nbdhost_call_pread_v1(ctx.ptr(), C.int(worker), fn, handle, buf, C.uint32_t(count), C.uint64_t(offset)))
+func CallPreadV1(ctx *Context, o Origin, fn, handle, buf unsafe.Pointer, count uint32, offset uint64) Result {
+	return result(C.nbdhost_call_pread_v1(ctx.ptr(), o.c(), fn, handle, buf, C.uint32_t(count), C.uint64_t(offset)))
 }
 
 // CallPwriteV1 calls the .pwrite of plugin API version 1.
-func CallPwriteV1(ctx *Context, worker int, fn, handle, buf unsafe.Pointer, count uint32, offset uint64) Result {
-	return result(C.nbdhost_call_pwrite_v1(ctx.ptr(), C.int(worker), fn, handle, buf, C.uint32_t(count), C.uint64_t(offset)))
+func CallPwriteV1(ctx *Context, o Origin, fn, handle, buf unsafe.Pointer, count uint32, offset uint64) Result {
+	return result(C.nbdhost_call_pwrite_v1(ctx.ptr(), o.c(), fn, handle, buf, C.uint32_t(count), C.uint64_t(offset)))
 }
 
 // CallFlushV1 calls the .flush of plugin API version 1.
-func CallFlushV1(ctx *Context, worker int, fn, handle unsafe.Pointer) Result {
-	return result(C.nbdhost_call_flush_v1(ctx.ptr(), C.int(worker), fn, handle))
+func CallFlushV1(ctx *Context, o Origin, fn, handle unsafe.Pointer) Result {
+	return result(C.nbdhost_call_flush_v1(ctx.ptr(), o.c(), fn, handle))
 }
 
 // CallTrimV1 calls the .trim of plugin API version 1.
-func CallTrimV1(ctx *Context, worker int, fn, handle unsafe.Pointer, count uint32, offset uint64) Result {
-	return result(C.nbdhost_call_trim_v1(ctx.ptr(), C.int(worker), fn, handle, C.uint32_t(count), C.uint64_t(offset)))
+func CallTrimV1(ctx *Context, o Origin, fn, handle unsafe.Pointer, count uint32, offset uint64) Result {
+	return result(C.nbdhost_call_trim_v1(ctx.ptr(), o.c(), fn, handle, C.uint32_t(count), C.uint64_t(offset)))
 }
 
 // CallZeroV1 calls the .zero of plugin API version 1.
-func CallZeroV1(ctx *Context, worker int, fn, handle unsafe.Pointer, count uint32, offset uint64, mayTrim bool) Result {
-	return result(C.nbdhost_call_zero_v1(ctx.ptr(), C.int(worker), fn, handle, C.uint32_t(count), C.uint64_t(offset), cbool(mayTrim)))
+func CallZeroV1(ctx *Context, o Origin, fn, handle unsafe.Pointer, count uint32, offset uint64, mayTrim bool) Result {
+	return result(C.nbdhost_call_zero_v1(ctx.ptr(), o.c(), fn, handle, C.uint32_t(count), C.uint64_t(offset), cbool(mayTrim)))
 }
 
 // LiveObjects counts the connections, contexts and lists that have not been freed.

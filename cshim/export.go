@@ -11,6 +11,7 @@ import (
 	"os/signal"
 	"sync/atomic"
 	"syscall"
+	"unsafe"
 )
 
 // Level is the kind of a log line.
@@ -58,7 +59,34 @@ func Init() error {
 	if err := C.nbdhost_init(); err != 0 {
 		return fmt.Errorf("create eventfd: %w", syscall.Errno(err))
 	}
+	if err := C.nbdhost_crash_init(); err != 0 {
+		return fmt.Errorf("prepare for crashes: %w", syscall.Errno(err))
+	}
 	return nil
+}
+
+// NameCallback says what the function at fn is, for crash reports and log lines: the
+// callback name ("pread") of a module of a kind ("plugin", "filter").
+func NameCallback(fn unsafe.Pointer, kind, module, name string) {
+	if C.nbdhost_callback_add(fn, NewCStr(kind).p, NewCStr(module).p, NewCStr(name).p) != 0 {
+		panic("cshim: out of memory")
+	}
+}
+
+// CrashFormat is how a crash is reported.
+type CrashFormat int
+
+// Formats of crash reports.
+const (
+	CrashText CrashFormat = C.NBDHOST_CRASH_TEXT // a line as those of nbdkit_error
+	CrashJSON CrashFormat = C.NBDHOST_CRASH_JSON // one object
+)
+
+// ReportCrashesTo says where one write(2) goes, of at most 1 KiB, when a module crashes,
+// aborts, or exits on behalf of a client: to standard error as text until it is
+// called. The descriptor stays the caller's and must not be closed.
+func ReportCrashesTo(fd int, format CrashFormat) {
+	C.nbdhost_crash_report_to(C.int(fd), uint32(format))
 }
 
 // SetVerbose turns nbdkit_debug on. While it is off nothing is formatted.

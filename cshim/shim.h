@@ -47,13 +47,26 @@ enum { NBDHOST_HANDSHAKE = -1, NBDHOST_FOREIGN = -2 };
  */
 struct nbdhost_frame {
   const struct nbdhost_context *ctx;
+  void *fn;                    /* the callback */
   int worker;                  /* or NBDHOST_HANDSHAKE */
+  enum { NBDHOST_NO_REQUEST, NBDHOST_REQUEST, NBDHOST_RANGE } kind;
+  uint64_t cookie;             /* of a request: the client's */
+  uint64_t offset;             /* of a request for a range of bytes */
+  uint32_t count;
   int error;                   /* nbdkit_set_error's value, 0: not called */
   char *message;               /* last nbdkit_error, NULL: none */
   struct nbdhost_frame *outer;
 };
 
 extern __thread struct nbdhost_frame *nbdhost_frame;
+
+/* Which of a client's requests a call is for, unless a callback makes it: then
+ * it is for that one's.
+ */
+struct nbdhost_origin {
+  int worker;                  /* or one of the above */
+  uint64_t cookie;
+};
 
 /* The connection of the current call, or NULL. */
 struct nbdhost_conn *nbdhost_current_conn (void);
@@ -102,6 +115,28 @@ bool nbdhost_in_server (void);
 
 void nbdhost_signals_save (void);
 void nbdhost_signals_restore (void);
+
+/* ---- crashes (crash.c) ---- */
+
+/* A callback of a module, so that a call can be named. Never freed. */
+struct nbdhost_callback {
+  const struct nbdhost_callback *next;
+  const void *fn;
+  const char *kind;            /* "plugin", "filter" */
+  const char *module;
+  const char *name;            /* "pread" */
+};
+
+/* The callback at fn, or NULL. Safe in a signal handler. */
+const struct nbdhost_callback *nbdhost_callback_at (const void *fn);
+/* The texts must live for ever. ENOMEM or 0. */
+int nbdhost_callback_add (const void *fn, const char *kind, const char *module,
+                          const char *name);
+
+/* What a crash is reported as. */
+enum nbdhost_crash_format { NBDHOST_CRASH_TEXT, NBDHOST_CRASH_JSON };
+void nbdhost_crash_report_to (int fd, enum nbdhost_crash_format);
+int nbdhost_crash_init (void); /* 0, or an errno */
 
 /* ---- exported by Go (export.go) ---- */
 
@@ -192,37 +227,43 @@ struct nbdhost_block_size {
 struct nbdhost_block_size nbdhost_call_block_size (nbdhost_ctx, void *fn,
                                                    void *handle);
 /* In the v1 calls flags do not exist. */
-struct nbdhost_result nbdhost_call_pread (nbdhost_ctx, int worker, void *fn,
-                                          void *handle, void *buf,
+struct nbdhost_result nbdhost_call_pread (nbdhost_ctx, struct nbdhost_origin,
+                                          void *fn, void *handle, void *buf,
                                           uint32_t count, uint64_t offset,
                                           uint32_t flags);
-struct nbdhost_result nbdhost_call_pwrite (nbdhost_ctx, int worker, void *fn,
-                                           void *handle, const void *buf,
-                                           uint32_t count, uint64_t offset,
-                                           uint32_t flags);
-struct nbdhost_result nbdhost_call_flush (nbdhost_ctx, int worker, void *fn,
-                                          void *handle, uint32_t flags);
-struct nbdhost_result nbdhost_call_range (nbdhost_ctx, int worker, void *fn,
-                                          void *handle, uint32_t count,
-                                          uint64_t offset, uint32_t flags);
-struct nbdhost_result nbdhost_call_extents (nbdhost_ctx, int worker, void *fn,
-                                            void *handle, uint32_t count,
-                                            uint64_t offset, uint32_t flags);
-struct nbdhost_result nbdhost_call_pread_v1 (nbdhost_ctx, int worker, void *fn,
+struct nbdhost_result nbdhost_call_pwrite (nbdhost_ctx, struct nbdhost_origin,
+                                           void *fn, void *handle,
+                                           const void *buf, uint32_t count,
+                                           uint64_t offset, uint32_t flags);
+struct nbdhost_result nbdhost_call_flush (nbdhost_ctx, struct nbdhost_origin,
+                                          void *fn, void *handle,
+                                          uint32_t flags);
+struct nbdhost_result nbdhost_call_range (nbdhost_ctx, struct nbdhost_origin,
+                                          void *fn, void *handle,
+                                          uint32_t count, uint64_t offset,
+                                          uint32_t flags);
+struct nbdhost_result nbdhost_call_extents (nbdhost_ctx, struct nbdhost_origin,
+                                            void *fn, void *handle,
+                                            uint32_t count, uint64_t offset,
+                                            uint32_t flags);
+struct nbdhost_result nbdhost_call_pread_v1 (nbdhost_ctx,
+                                             struct nbdhost_origin, void *fn,
                                              void *handle, void *buf,
                                              uint32_t count, uint64_t offset);
-struct nbdhost_result nbdhost_call_pwrite_v1 (nbdhost_ctx, int worker,
-                                              void *fn, void *handle,
-                                              const void *buf, uint32_t count,
-                                              uint64_t offset);
-struct nbdhost_result nbdhost_call_flush_v1 (nbdhost_ctx, int worker, void *fn,
+struct nbdhost_result nbdhost_call_pwrite_v1 (nbdhost_ctx,
+                                              struct nbdhost_origin, void *fn,
+                                              void *handle, const void *buf,
+                                              uint32_t count, uint64_t offset);
+struct nbdhost_result nbdhost_call_flush_v1 (nbdhost_ctx,
+                                             struct nbdhost_origin, void *fn,
                                              void *handle);
-struct nbdhost_result nbdhost_call_trim_v1 (nbdhost_ctx, int worker, void *fn,
-                                            void *handle, uint32_t count,
-                                            uint64_t offset);
-struct nbdhost_result nbdhost_call_zero_v1 (nbdhost_ctx, int worker, void *fn,
-                                            void *handle, uint32_t count,
-                                            uint64_t offset, int may_trim);
+struct nbdhost_result nbdhost_call_trim_v1 (nbdhost_ctx, struct nbdhost_origin,
+                                            void *fn, void *handle,
+                                            uint32_t count, uint64_t offset);
+struct nbdhost_result nbdhost_call_zero_v1 (nbdhost_ctx, struct nbdhost_origin,
+                                            void *fn, void *handle,
+                                            uint32_t count, uint64_t offset,
+                                            int may_trim);
 
 /* ---- calls into filters (call.c) ---- */
 
@@ -269,22 +310,23 @@ struct nbdhost_block_size nbdhost_filter_block_size (nbdhost_ctx, int worker,
                                                      void *fn, nbdhost_next,
                                                      void *handle);
 /* .pread, .pwrite */
-struct nbdhost_result nbdhost_filter_io (nbdhost_ctx, int worker, void *fn,
-                                         nbdhost_next, void *handle, void *buf,
-                                         uint32_t count, uint64_t offset,
-                                         uint32_t flags);
-struct nbdhost_result nbdhost_filter_flush (nbdhost_ctx, int worker, void *fn,
-                                            nbdhost_next, void *handle,
-                                            uint32_t flags);
+struct nbdhost_result nbdhost_filter_io (nbdhost_ctx, struct nbdhost_origin,
+                                         void *fn, nbdhost_next, void *handle,
+                                         void *buf, uint32_t count,
+                                         uint64_t offset, uint32_t flags);
+struct nbdhost_result nbdhost_filter_flush (nbdhost_ctx, struct nbdhost_origin,
+                                            void *fn, nbdhost_next,
+                                            void *handle, uint32_t flags);
 /* .trim, .zero, .cache */
-struct nbdhost_result nbdhost_filter_range (nbdhost_ctx, int worker, void *fn,
-                                            nbdhost_next, void *handle,
-                                            uint32_t count, uint64_t offset,
-                                            uint32_t flags);
-struct nbdhost_result nbdhost_filter_extents (nbdhost_ctx, int worker,
-                                              void *fn, nbdhost_next,
-                                              void *handle, uint32_t count,
-                                              uint64_t offset, uint32_t flags);
+struct nbdhost_result nbdhost_filter_range (nbdhost_ctx, struct nbdhost_origin,
+                                            void *fn, nbdhost_next,
+                                            void *handle, uint32_t count,
+                                            uint64_t offset, uint32_t flags);
+struct nbdhost_result nbdhost_filter_extents (nbdhost_ctx,
+                                              struct nbdhost_origin, void *fn,
+                                              nbdhost_next, void *handle,
+                                              uint32_t count, uint64_t offset,
+                                              uint32_t flags);
 
 /* ---- what filters call (filter.c) ---- */
 

@@ -59,6 +59,7 @@ func (f *Filter) open(anyRelease bool) (err error) {
 	if err := checkName(f.name); err != nil {
 		return err
 	}
+	f.nameCallbacks()
 	f.below = cshim.NewBackend(below{f})
 	return nil
 }
@@ -258,17 +259,17 @@ func (h *filterHandle) Can(c *backend.Call, cb backend.Callback) (int, error) {
 // The data calls. The flags have the same values on both sides.
 
 func (h *filterHandle) Pread(c *backend.Call, b []byte, off uint64) error {
-	return h.f.outcome(backend.Pread, cshim.CallFilterIO(h.ctx, c.Worker, h.f.fn[backend.Pread], h.next.Load(), h.ptr,
+	return h.f.outcome(backend.Pread, cshim.CallFilterIO(h.ctx, origin(c), h.f.fn[backend.Pread], h.next.Load(), h.ptr,
 		unsafe.Pointer(unsafe.SliceData(b)), uint32(len(b)), off, 0))
 }
 
 func (h *filterHandle) Pwrite(c *backend.Call, b []byte, off uint64, flags backend.Flags) error {
-	return h.f.outcome(backend.Pwrite, cshim.CallFilterIO(h.ctx, c.Worker, h.f.fn[backend.Pwrite], h.next.Load(), h.ptr,
+	return h.f.outcome(backend.Pwrite, cshim.CallFilterIO(h.ctx, origin(c), h.f.fn[backend.Pwrite], h.next.Load(), h.ptr,
 		unsafe.Pointer(unsafe.SliceData(b)), uint32(len(b)), off, uint32(flags)))
 }
 
 func (h *filterHandle) Flush(c *backend.Call) error {
-	return h.f.outcome(backend.Flush, cshim.CallFilterFlush(h.ctx, c.Worker, h.f.fn[backend.Flush], h.next.Load(), h.ptr, 0))
+	return h.f.outcome(backend.Flush, cshim.CallFilterFlush(h.ctx, origin(c), h.f.fn[backend.Flush], h.next.Load(), h.ptr, 0))
 }
 
 func (h *filterHandle) Trim(c *backend.Call, n uint32, off uint64, flags backend.Flags) error {
@@ -284,11 +285,11 @@ func (h *filterHandle) Cache(c *backend.Call, n uint32, off uint64) error {
 }
 
 func (h *filterHandle) ranged(c *backend.Call, cb backend.Callback, n uint32, off uint64, flags backend.Flags) error {
-	return h.f.outcome(cb, cshim.CallFilterRange(h.ctx, c.Worker, h.f.fn[cb], h.next.Load(), h.ptr, n, off, uint32(flags)))
+	return h.f.outcome(cb, cshim.CallFilterRange(h.ctx, origin(c), h.f.fn[cb], h.next.Load(), h.ptr, n, off, uint32(flags)))
 }
 
 func (h *filterHandle) Extents(c *backend.Call, n uint32, off uint64, flags backend.Flags, x *backend.Extents) error {
-	r, err := cshim.CallFilterExtents(h.ctx, c.Worker, h.f.fn[backend.GetExtents], h.next.Load(), h.ptr, n, off, uint32(flags), x.Add)
+	r, err := cshim.CallFilterExtents(h.ctx, origin(c), h.f.fn[backend.GetExtents], h.next.Load(), h.ptr, n, off, uint32(flags), x.Add)
 	if err != nil {
 		return err
 	}

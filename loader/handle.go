@@ -59,36 +59,41 @@ func (h *handle) Can(_ *backend.Call, cb backend.Callback) (int, error) {
 
 // The data calls. The flags have the same values on both sides.
 
+// origin is what the C side is told of a call.
+func origin(c *backend.Call) cshim.Origin {
+	return cshim.Origin{Worker: c.Worker, Cookie: c.Request.Cookie}
+}
+
 func (h *handle) Pread(c *backend.Call, b []byte, off uint64) error {
 	fn, buf, n := h.p.fn[backend.Pread], unsafe.Pointer(unsafe.SliceData(b)), uint32(len(b))
 	if h.p.v1 {
-		return h.p.outcome(backend.Pread, cshim.CallPreadV1(h.ctx, c.Worker, fn, h.ptr, buf, n, off))
+		return h.p.outcome(backend.Pread, cshim.CallPreadV1(h.ctx, origin(c), fn, h.ptr, buf, n, off))
 	}
-	return h.p.outcome(backend.Pread, cshim.CallPread(h.ctx, c.Worker, fn, h.ptr, buf, n, off, 0))
+	return h.p.outcome(backend.Pread, cshim.CallPread(h.ctx, origin(c), fn, h.ptr, buf, n, off, 0))
 }
 
 func (h *handle) Pwrite(c *backend.Call, b []byte, off uint64, flags backend.Flags) error {
 	fn, buf, n := h.p.fn[backend.Pwrite], unsafe.Pointer(unsafe.SliceData(b)), uint32(len(b))
 	if h.p.v1 {
-		return h.p.outcome(backend.Pwrite, cshim.CallPwriteV1(h.ctx, c.Worker, fn, h.ptr, buf, n, off))
+		return h.p.outcome(backend.Pwrite, cshim.CallPwriteV1(h.ctx, origin(c), fn, h.ptr, buf, n, off))
 	}
-	return h.p.outcome(backend.Pwrite, cshim.CallPwrite(h.ctx, c.Worker, fn, h.ptr, buf, n, off, uint32(flags)))
+	return h.p.outcome(backend.Pwrite, cshim.CallPwrite(h.ctx, origin(c), fn, h.ptr, buf, n, off, uint32(flags)))
 }
 
 func (h *handle) Flush(c *backend.Call) error {
 	fn := h.p.fn[backend.Flush]
 	if h.p.v1 {
-		return h.p.outcome(backend.Flush, cshim.CallFlushV1(h.ctx, c.Worker, fn, h.ptr))
+		return h.p.outcome(backend.Flush, cshim.CallFlushV1(h.ctx, origin(c), fn, h.ptr))
 	}
-	return h.p.outcome(backend.Flush, cshim.CallFlush(h.ctx, c.Worker, fn, h.ptr, 0))
+	return h.p.outcome(backend.Flush, cshim.CallFlush(h.ctx, origin(c), fn, h.ptr, 0))
 }
 
 func (h *handle) Trim(c *backend.Call, n uint32, off uint64, flags backend.Flags) error {
 	fn := h.p.fn[backend.Trim]
 	if h.p.v1 {
-		return h.p.outcome(backend.Trim, cshim.CallTrimV1(h.ctx, c.Worker, fn, h.ptr, n, off))
+		return h.p.outcome(backend.Trim, cshim.CallTrimV1(h.ctx, origin(c), fn, h.ptr, n, off))
 	}
-	return h.p.outcome(backend.Trim, cshim.CallRange(h.ctx, c.Worker, fn, h.ptr, n, off, uint32(flags)))
+	return h.p.outcome(backend.Trim, cshim.CallRange(h.ctx, origin(c), fn, h.ptr, n, off, uint32(flags)))
 }
 
 func (h *handle) Zero(c *backend.Call, n uint32, off uint64, flags backend.Flags) error {
@@ -98,13 +103,13 @@ func (h *handle) Zero(c *backend.Call, n uint32, off uint64, flags backend.Flags
 			return h.p.outcome(backend.Zero, cshim.Result{Ret: -1, Errno: errNotFast})
 		}
 		mayTrim := flags&backend.MayTrim != 0
-		return h.p.outcome(backend.Zero, cshim.CallZeroV1(h.ctx, c.Worker, fn, h.ptr, n, off, mayTrim))
+		return h.p.outcome(backend.Zero, cshim.CallZeroV1(h.ctx, origin(c), fn, h.ptr, n, off, mayTrim))
 	}
-	return h.p.outcome(backend.Zero, cshim.CallRange(h.ctx, c.Worker, fn, h.ptr, n, off, uint32(flags)))
+	return h.p.outcome(backend.Zero, cshim.CallRange(h.ctx, origin(c), fn, h.ptr, n, off, uint32(flags)))
 }
 
 func (h *handle) Extents(c *backend.Call, n uint32, off uint64, flags backend.Flags, x *backend.Extents) error {
-	r, err := cshim.CallExtents(h.ctx, c.Worker, h.p.fn[backend.GetExtents], h.ptr, n, off, uint32(flags), x.Add)
+	r, err := cshim.CallExtents(h.ctx, origin(c), h.p.fn[backend.GetExtents], h.ptr, n, off, uint32(flags), x.Add)
 	if err != nil {
 		return err
 	}
@@ -112,5 +117,5 @@ func (h *handle) Extents(c *backend.Call, n uint32, off uint64, flags backend.Fl
 }
 
 func (h *handle) Cache(c *backend.Call, n uint32, off uint64) error {
-	return h.p.outcome(backend.Cache, cshim.CallRange(h.ctx, c.Worker, h.p.fn[backend.Cache], h.ptr, n, off, 0))
+	return h.p.outcome(backend.Cache, cshim.CallRange(h.ctx, origin(c), h.p.fn[backend.Cache], h.ptr, n, off, 0))
 }

@@ -54,6 +54,15 @@ func (m *module) Help() string {
 	return b.String()
 }
 
+// nameCallbacks lets crash reports and log lines name the module's calls.
+func (m *module) nameCallbacks() {
+	for cb, fn := range m.fn {
+		if fn != nil {
+			cshim.NameCallback(fn, m.kind.String(), m.name, backend.Callback(cb).String())
+		}
+	}
+}
+
 // Load calls .load.
 func (m *module) Load() {
 	cshim.SaveSignals()

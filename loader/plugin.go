@@ -55,7 +55,11 @@ func (p *Plugin) open() (err error) {
 		return err
 	}
 	p.read()
-	return p.check()
+	if err := p.check(); err != nil {
+		return err
+	}
+	p.nameCallbacks()
+	return nil
 }
 
 // read takes what is used later out of the plugin's struct.

@@ -89,6 +89,7 @@ func (c *conn) replyHead() int {
 func (t *task) run(payload []byte) {
 	s, req := t.c.session, &t.req
 	t.filled, t.failedAt = 0, 0
+	t.call.Request = backend.Request{Command: req.Type.String(), Cookie: req.Cookie}
 	flags := backend.Flags(0)
 	if req.Flags&protocol.CmdFlagFUA != 0 {
 		flags |= backend.FUA
