@@ -83,7 +83,7 @@ add (struct text *t, const char *fmt, ...)
   if (n > 0)
     t->len += n;
   if (t->len > sizeof t->s - 2)
-    t->len = sizeof t->s - 2; /* room for the end of the line */
+    t->len = sizeof t->s - 2; /* room for the end of a line */
 }
 
 /* A member of a JSON object. what is printable ASCII here, but for quotes. */
@@ -129,6 +129,14 @@ report (const char *verb, uintptr_t pc)
     add (&m, "a module %s in a call", verb);
   else
     add (&m, "a thread outside of calls %s", verb);
+  if (conn)
+    add (&m, " (connection %lu", (unsigned long) conn->id);
+  if (conn && f->kind != NBDHOST_NO_REQUEST)
+    add (&m, ", cookie %lu", (unsigned long) f->cookie);
+  if (conn && f->kind == NBDHOST_RANGE)
+    add (&m, ", offset %lu, length %lu", (unsigned long) f->offset,
+         (unsigned long) f->count);
+  add (&m, "%s%s%s", conn ? ")" : "", *where ? " at " : "", where);
   if (report_format == NBDHOST_CRASH_JSON) {
     add (&t, "{\"level\":\"ERROR\"");
     add_member (&t, "msg", m.s);
@@ -138,31 +146,17 @@ report (const char *verb, uintptr_t pc)
     }
     if (conn)
       add (&t, ",\"conn\":%lu", (unsigned long) conn->id);
-    if (f && f->kind != NBDHOST_NO_REQUEST)
+    if (conn && f->kind != NBDHOST_NO_REQUEST)
       add (&t, ",\"cookie\":%lu", (unsigned long) f->cookie);
-    if (f && f->kind == NBDHOST_RANGE)
+    if (conn && f->kind == NBDHOST_RANGE)
       add (&t, ",\"offset\":%lu,\"length\":%lu", (unsigned long) f->offset,
            (unsigned long) f->count);
-    if (*where)
-      add_member (&t, "at", where);
-    add (&t, "}\n");
+    add (&t, "}");
   }
-  else {
+  else
     add (&t, "nbdkit%s%s%s: error: %s", name ? "[" : "", name ? name : "",
          name ? "]" : "", m.s);
-    if (conn)
-      add (&t, " (connection %lu", (unsigned long) conn->id);
-    if (conn && f->kind != NBDHOST_NO_REQUEST)
-      add (&t, ", cookie %lu", (unsigned long) f->cookie);
-    if (conn && f->kind == NBDHOST_RANGE)
-      add (&t, ", offset %lu, length %lu", (unsigned long) f->offset,
-           (unsigned long) f->count);
-    if (conn)
-      add (&t, ")");
-    if (*where)
-      add (&t, " at %s", where);
-    t.s[t.len++] = '\n';
-  }
+  t.s[t.len++] = '\n';
   if (write (report_fd, t.s, t.len) == -1) {
     /* There is nobody to tell. */
   }

@@ -57,6 +57,17 @@ func SetStdioSafe(on bool) { cshim.SetStdioSafe(on) }
 // begins to stop.
 func Quit() { cshim.SetQuit() }
 
+// ReportCrashesTo says to which descriptor one line goes, as an object of JSON or as
+// text, when a module crashes, aborts, or exits on behalf of a client. It is text on
+// standard error until this is called.
+func ReportCrashesTo(fd int, json bool) {
+	format := cshim.CrashText
+	if json {
+		format = cshim.CrashJSON
+	}
+	cshim.ReportCrashesTo(fd, format)
+}
+
 // Exit ends the process after what modules gave to atexit(3) has run.
 func Exit(code int) { cshim.Exit(code) }
 

@@ -41,31 +41,40 @@ func inheritSockets() (int, error) {
 }
 
 // listenInherited listens on the sockets that were handed over.
-func listenInherited(o *options, log *slog.Logger) (_ *endpoint, err error) {
+func listenInherited(o *options, log *slog.Logger) (*endpoint, error) {
+	var fds []int
+	for fd := range o.inherited {
+		fds = append(fds, firstInherited+fd)
+	}
+	log.Debug(fmt.Sprintf("using socket activation, number of sockets = %d", o.inherited))
+	return listenOn(o, "LISTEN_FDS", fds)
+}
+
+// listenOn listens on sockets that another process has made; from is who says so.
+func listenOn(o *options, from string, fds []int) (_ *endpoint, err error) {
 	e := &endpoint{inherited: true}
 	defer func() {
 		if err != nil {
 			e.abandon()
 		}
 	}()
-	for fd := firstInherited; fd < firstInherited+o.inherited; fd++ {
+	for i, fd := range fds {
 		listening, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_ACCEPTCONN)
 		if err == nil && listening == 0 {
 			err = errors.New("it does not listen")
 		}
 		if err != nil {
-			return nil, fmt.Errorf("use descriptor %d of LISTEN_FDS: %w: need a socket that listens", fd, err)
+			return nil, fmt.Errorf("use descriptor %d of %s: %w: need a socket that listens", fd, from, err)
 		}
 		l, err := inheritListener(fd, o.keepalive)
 		if err != nil {
-			return nil, fmt.Errorf("use descriptor %d of LISTEN_FDS: %w", fd, err)
+			return nil, fmt.Errorf("use descriptor %d of %s: %w", fd, from, err)
 		}
 		e.listeners = append(e.listeners, l)
-		if fd == firstInherited {
+		if i == 0 {
 			e.uri = uriOf(l.Addr(), o.export)
 		}
 	}
-	log.Debug(fmt.Sprintf("using socket activation, number of sockets = %d", o.inherited))
 	return e, nil
 }
 

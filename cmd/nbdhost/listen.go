@@ -30,6 +30,9 @@ type endpoint struct {
 // listen binds the sockets that the options ask for.
 func listen(o *options, log *slog.Logger) (*endpoint, error) {
 	switch {
+	case o.superior != nil:
+		log.Debug(fmt.Sprintf("using %d sockets of the supervisor", len(o.superior.Listeners)))
+		return listenOn(o, "the supervisor", o.superior.Listeners)
 	case o.inherited > 0:
 		return listenInherited(o, log)
 	case o.stdio:

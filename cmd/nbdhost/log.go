@@ -22,6 +22,12 @@ const (
 	logNull    = "null"
 )
 
+// Values of --log-format.
+const (
+	logText = "text"
+	logJSON = "json"
+)
+
 // defaultName begins messages. Programs that run nbdkit look for it.
 const defaultName = "nbdkit"
 

@@ -4,11 +4,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"runtime"
 
-	"nbdhost/backend"
 	"nbdhost/loader"
 )
 
@@ -38,8 +38,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	if code == 0 {
 		code = 1
 	}
-	// What a module said about its error has been logged already.
-	if failed := (*backend.Error)(nil); !errors.As(err, &failed) || failed.Msg == "" {
+	if !saidByModule(err) && !errors.Is(err, errTold) {
 		fmt.Fprintf(stderr, "%s: error: %v\n", filepath.Base(args[0]), err)
 	}
 	return code
@@ -51,6 +50,10 @@ func dispatch(args []string, stdout, stderr io.Writer) (int, error) {
 		return 1, err
 	}
 	findings, checks, err := findCheck()
+	if err != nil {
+		return 1, err
+	}
+	superior, err := findSupervisor()
 	if err != nil {
 		return 1, err
 	}
@@ -93,6 +96,9 @@ func dispatch(args []string, stdout, stderr io.Writer) (int, error) {
 	case serving && o.check != "":
 		return checkPlugin(o, args, stdout)
 	}
+	if superior != nil {
+		superior.obey(o)
+	}
 	if serving {
 		if o.inherited, err = inheritSockets(); err != nil {
 			return 1, err
@@ -109,8 +115,18 @@ func dispatch(args []string, stdout, stderr io.Writer) (int, error) {
 	if start == nil && serving && !o.foreground && !o.dumpPlugin {
 		return background(args)
 	}
+	out := newLog(o, stderr)
+	if o.notify == nil && serving {
+		if o.notify, err = findNotifier(); err != nil {
+			slog.New(out).Warn(err.Error() + "; going on without")
+		}
+	}
+	if o.supervise && superior == nil && serving && !o.dumpPlugin {
+		return supervise(o, args, start, stdout, out)
+	}
 	os.Unsetenv(argsVariable) // not for servers that a module runs
-	return serve(o, start, stdout, newLog(o, stderr))
+	code, err := serve(o, start, stdout, out)
+	return code, superior.tellError(err)
 }
 
 func write(w io.Writer, text string) error {

@@ -70,13 +70,19 @@ type options struct {
 	captive        bool   // there is a command to run:
 	command        string
 
+	supervise bool
+	superior  *superior // nil: nobody supervises this process
+	notify    *notifier // nil: nobody wants to know
+
 	tls tlsOptions
 
 	// What is written.
-	name     string
-	verbose  bool
-	log      string
-	printURI bool
+	name    string
+	verbose bool
+	log     string
+	// logFormat is one of the values of --log-format.
+	logFormat string
+	printURI  bool
 
 	// What to do instead of serving.
 	help, version, dumpPlugin, dumpConfig bool
@@ -232,6 +238,8 @@ var optionTable = []option{
 	{groupProcess, []string{"group"}, "g", "GROUP", "go on in GROUP only once the sockets are bound", text(func(o *options) *string { return &o.group })},
 	{groupProcess, []string{"swap"}, "", "", "lock all memory: the export is swap space of this machine", flag(func(o *options) *bool { return &o.swap })},
 
+	{groupProcess, []string{"supervise"}, "", "", "run the server as a child and start it again when a plugin\ncrashes; clients that connect meanwhile wait", flag(func(o *options) *bool { return &o.supervise })},
+
 	{groupOutput, []string{"verbose"}, "v", "", "write debug messages to standard error", flag(func(o *options) *bool { return &o.verbose })},
 	{groupOutput, []string{"debug"}, "D", "NAME.FLAG=N", "set a debug flag of the plugin, or of the server (NAME nbdkit)",
 		func(o *options, v string) error {
@@ -246,6 +254,14 @@ var optionTable = []option{
 				return fmt.Errorf("got %q: need stderr, syslog, null, default or an absolute path", v)
 			}
 			o.log = v
+			return nil
+		}},
+	{groupOutput, []string{"log-format"}, "", "FORMAT", "text (nbdkit's, the default) or json: an object on each line",
+		func(o *options, v string) error {
+			if v != logText && v != logJSON {
+				return fmt.Errorf("got %q: need text or json", v)
+			}
+			o.logFormat = v
 			return nil
 		}},
 	{groupOutput, []string{"name"}, "", "NAME", "start messages with nbdkit[NAME]", text(func(o *options) *string { return &o.name })},
@@ -339,7 +355,7 @@ func absolute(path string) (string, error) {
 // in any order, letters bundled, long names shortened as far as they are unique.
 // An @FILE before the plugin is replaced by the arguments in that file.
 func parse(args []string) (*options, error) {
-	o := &options{family: "tcp", handshakeMask: 0xffff, drainTimeout: 10 * time.Second, log: logDefault}
+	o := &options{family: "tcp", handshakeMask: 0xffff, drainTimeout: 10 * time.Second, log: logDefault, logFormat: logText}
 	flags := pflag.NewFlagSet("", pflag.ContinueOnError)
 	flags.SetOutput(io.Discard)
 	flags.Usage = func() {}
@@ -422,6 +438,7 @@ func (o *options) settle() error {
 		{stdio, unix}, {stdio, port}, {stdio, vsock}, {stdio, run}, {stdio, {o.dumpPlugin, "--dump-plugin"}},
 		{inherited, unix}, {inherited, port}, {inherited, vsock}, {inherited, stdio}, {inherited, run},
 		{inherited, {o.address != "", "--ipaddr"}},
+		{stdio, {o.supervise, "--supervise"}},
 		{{o.oldstyle, "--oldstyle"}, {o.tls.mode == tlsRequire, "--tls=require"}},
 	} {
 		if pair[0].given && pair[1].given {
@@ -511,7 +528,7 @@ func fullName(name string) string {
 // ambiguous that nbdkit understands.
 var ownOptions = []string{
 	"check", "check-only", "check-writes", "complete", "completion", "describe", "drain-timeout", "filter-any-release",
-	"filter-path", "list", "man", "no-eh", "plugin-path", "sparse-reads", "strict-block-size",
+	"filter-path", "list", "man", "no-eh", "plugin-path", "log-format", "sparse-reads", "strict-block-size", "supervise",
 }
 
 // startingWith returns the first names of the options that have a name which

@@ -145,11 +145,7 @@ func (s *starter) detach() error {
 // ready gives up the standard streams, but for standard error where debug messages
 // go to it, and lets the starter end.
 func (s *starter) ready(keepStderr bool) error {
-	last := 2
-	if keepStderr {
-		last = 1
-	}
-	if err := giveUp(0, last); err != nil {
+	if err := giveUpStreams(keepStderr); err != nil {
 		return err
 	}
 	defer s.pipe.Close()
@@ -157,6 +153,15 @@ func (s *starter) ready(keepStderr bool) error {
 		return fmt.Errorf("tell the starting process: %w", cause(err))
 	}
 	return nil
+}
+
+// giveUpStreams gives up standard input and output, and standard error unless it is
+// kept.
+func giveUpStreams(keepStderr bool) error {
+	if keepStderr {
+		return giveUp(0, 1)
+	}
+	return giveUp(0, 2)
 }
 
 // giveUp puts /dev/null in the place of the descriptors first to last.

@@ -35,8 +35,13 @@ func serve(o *options, start *starter, stdout io.Writer, out *logHandler) (int, 
 	}
 	// Files that plugins and we make do not depend on who starts the server.
 	unix.Umask(0o022)
-	if o.log != logDefault {
+	switch {
+	case o.log != logDefault:
 		if err := out.logErrorsTo(o.log); err != nil {
+			return 1, err
+		}
+	case o.superior != nil && o.superior.Background && o.superior.Again:
+		if err := out.logErrorsTo(logSyslog); err != nil {
 			return 1, err
 		}
 	}
@@ -49,6 +54,9 @@ func serve(o *options, start *starter, stdout io.Writer, out *logHandler) (int, 
 	// Before a plugin is opened: from then on what plugins do to the handlers is
 	// undone, again and again.
 	stop.onSignals()
+	if o.superior != nil {
+		o.superior.watch(func() { stop.ask(1) })
+	}
 	err = loader.Init(loader.Host{
 		Log:      out.fromModule,
 		Shutdown: stop.stop,
@@ -57,6 +65,7 @@ func serve(o *options, start *starter, stdout io.Writer, out *logHandler) (int, 
 	if err != nil {
 		return 1, err
 	}
+	reportCrashes(o)
 	loader.SetVerbose(o.verbose)
 	loader.SetStdioSafe(!o.stdio)
 	log.Debug(versionText(os.Args[0]))
@@ -344,12 +353,16 @@ func serveClients(o *options, start *starter, out *logHandler,
 	}
 	err := announce(o, start, out)
 	stop.attach(srv)
+	done := make(chan struct{})
+	defer close(done)
+	go o.notify.follow(srv, done)
 	if err != nil {
 		srv.Shutdown()
 	}
 
 	<-srv.Quit()
 	log.Debug("shutting down")
+	o.notify.stopping()
 	loader.Quit()
 	command.terminate()
 	clean := srv.Wait()
@@ -395,6 +408,17 @@ func announce(o *options, start *starter, out *logHandler) (err error) {
 			return err
 		}
 	}
+	if o.superior != nil && o.superior.Background {
+		if o.log == logDefault {
+			if err := out.logErrorsTo(logSyslog); err != nil {
+				return err
+			}
+		}
+		if err := giveUpStreams(o.verbose || o.log == logStderr); err != nil {
+			return err
+		}
+	}
+	o.notify.ready()
 	return nil
 }
 
@@ -422,15 +446,20 @@ func (s *stopper) onSignals() {
 	signal.Notify(signals, stopSignals...)
 	go func() {
 		for sig := range signals {
-			s.mu.Lock()
-			ordered := s.ordered
-			s.mu.Unlock()
-			if !ordered {
-				os.Exit(128 + int(sig.(unix.Signal))) // as a shell has it
-			}
-			s.stop()
+			s.ask(128 + int(sig.(unix.Signal))) // as a shell has it
 		}
 	}()
+}
+
+// ask stops the server, or ends the process with status up to inOrder.
+func (s *stopper) ask(status int) {
+	s.mu.Lock()
+	ordered := s.ordered
+	s.mu.Unlock()
+	if !ordered {
+		os.Exit(status)
+	}
+	s.stop()
 }
 
 func (s *stopper) inOrder() {
