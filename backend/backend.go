@@ -154,8 +154,16 @@ func (c *Call) tracing() bool {
 // Debugf writes a debug line; the arguments are only formatted if it is wanted.
 func (c *Call) Debugf(format string, args ...any) {
 	if c.tracing() {
-		c.Log.Debug(fmt.Sprintf(format, args...))
+		c.Log.LogAttrs(context.Background(), slog.LevelDebug, fmt.Sprintf(format, args...), c.attributes()...)
 	}
+}
+
+// attributes are what log lines of the call carry.
+func (c *Call) attributes() []slog.Attr {
+	if c.Request.Command == "" {
+		return nil
+	}
+	return []slog.Attr{slog.String("command", c.Request.Command), slog.Uint64("cookie", c.Request.Cookie)}
 }
 
 // A Conn is what modules may know of a connection and do to it. The server makes
@@ -225,6 +233,10 @@ func (c *Conn) Call(worker int) *Call {
 	c.calls.Store(&calls)
 	return call
 }
+
+// Logger returns the log of the connection's first call, which names the connection;
+// nil for none.
+func (c *Conn) Logger() *slog.Logger { return c.log }
 
 // Release ends the life of the connection; no call follows.
 func (c *Conn) Release() {

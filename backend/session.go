@@ -1,7 +1,9 @@
 package backend
 
 import (
+	"context"
 	"fmt"
+	"log/slog"
 	"math"
 	"sync"
 	"sync/atomic"
@@ -92,7 +94,8 @@ func (s *Session) errorf(c *Call, op Callback, errno syscall.Errno, format strin
 
 func reported(c *Call, e *Error) *Error {
 	if c.Log != nil {
-		c.Log.Error(e.Error())
+		c.Log.LogAttrs(context.Background(), slog.LevelError, e.Error(),
+			append(c.attributes(), slog.String("module", e.Module), slog.String("callback", e.Op))...)
 	}
 	return e
 }

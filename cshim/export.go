@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"os"
 	"os/signal"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"unsafe"
@@ -28,16 +29,29 @@ const (
 // return soon and must not wait for anything that needs a module to return.
 // A panic in them is logged and dropped.
 type Host struct {
-	// Log takes one message, without the prefix and the end of line. conn is the
-	// connection's number, 0 outside a connection; worker is -1 outside
-	// requests.
-	Log func(level Level, conn uint64, worker int, text string)
+	// Log takes one message.
+	Log func(Message)
+	// Secret takes each password that a module has read.
+	Secret func(text string)
 	// Shutdown asks for the server to stop.
 	Shutdown func()
 	// Disconnect asks for connection conn to end, at once if force is set.
 	Disconnect func(conn uint64, force bool)
 	// Name of the server as set by the user, "" if it was not.
 	Name string
+}
+
+// A Message is what a module said with nbdkit_error or nbdkit_debug.
+type Message struct {
+	Level  Level
+	Text   string // without the prefix and the end of line
+	Conn   uint64 // the connection's number, 0 outside of connections
+	Worker int    // Handshake outside of the workers of a connection
+	Export string // its name, "" if there is none
+
+	Module, Callback string // the call that the message came in; "" outside of calls
+	Request          bool   // it was for a client's request, which has this
+	Cookie           uint64
 }
 
 var host atomic.Pointer[Host]
@@ -109,6 +123,15 @@ func SaveSignals() { C.nbdhost_signals_save() }
 // .config, .get_ready, .after_fork and the first .open.
 func RestoreSignals() { C.nbdhost_signals_restore() }
 
+// SetCommandLine puts args in the place of the arguments that the process was started
+// with, where ps(1) finds them; what has no room there is left out. The memory is that
+// of the first os.Args: texts in it change.
+func SetCommandLine(args []string) {
+	text := C.CString(strings.Join(args, "\x00"))
+	defer C.free(unsafe.Pointer(text))
+	C.nbdhost_set_command_line(text, C.size_t(len(strings.Join(args, "\x00"))))
+}
+
 // Exit ends the process through exit(3), which runs what modules gave to atexit(3).
 func Exit(code int) { C.exit(C.int(code)) }
 
@@ -120,10 +143,23 @@ func recovered(op string) {
 }
 
 //export nbdhost_go_log
-func nbdhost_go_log(level C.int, conn C.uint64_t, worker C.int, text *C.char) {
+func nbdhost_go_log(m *C.struct_nbdhost_message) {
 	defer recovered("log")
 	if h := host.Load(); h != nil && h.Log != nil {
-		h.Log(Level(level), uint64(conn), int(worker), C.GoString(text))
+		h.Log(Message{
+			Level: Level(m.level), Text: C.GoString(m.text),
+			Conn: uint64(m.conn), Worker: int(m.worker), Export: C.GoString(m.export_name),
+			Module: C.GoString(m.module), Callback: C.GoString(m.callback),
+			Request: bool(m.request), Cookie: uint64(m.cookie),
+		})
+	}
+}
+
+//export nbdhost_go_secret
+func nbdhost_go_secret(text *C.char) {
+	defer recovered("hide secret")
+	if h := host.Load(); h != nil && h.Secret != nil {
+		h.Secret(C.GoString(text))
 	}
 }
 

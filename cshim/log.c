@@ -25,9 +25,20 @@ emit (int level, char *text)
   int n;
 
   if (nbdhost_in_server ()) {
-    nbdhost_go_log (level, conn ? conn->id : 0,
-                    worker == NBDHOST_FOREIGN ? NBDHOST_HANDSHAKE : worker,
-                    text);
+    const struct nbdhost_callback *c = f ? nbdhost_callback_at (f->fn) : NULL;
+    struct nbdhost_message m = {
+      .level = level,
+      .conn = conn ? conn->id : 0,
+      .worker = worker == NBDHOST_FOREIGN ? NBDHOST_HANDSHAKE : worker,
+      .module = c ? c->module : NULL,
+      .callback = c ? c->name : NULL,
+      .export_name = f && f->ctx ? f->ctx->export_name : NULL,
+      .request = f && f->kind != NBDHOST_NO_REQUEST,
+      .cookie = f ? f->cookie : 0,
+      .text = text,
+    };
+
+    nbdhost_go_log (&m);
     return;
   }
   n = asprintf (&line, "nbdkit%s%s%s: %s: %s\n", name ? "[" : "",

@@ -49,8 +49,8 @@ var children = map[string]func(args []string){
 	"quit": func(args []string) {
 		f := open(args[0])
 		asleep := make(chan struct{}, 2)
-		cshim.SetHost(cshim.Host{Log: func(level cshim.Level, _ uint64, _ int, _ string) {
-			if level == cshim.LevelDebug {
+		cshim.SetHost(cshim.Host{Log: func(m cshim.Message) {
+			if m.Level == cshim.LevelDebug {
 				asleep <- struct{}{}
 			}
 		}})
@@ -186,11 +186,11 @@ func record(t testing.TB, name string, verbose bool) *recorder {
 	r := &recorder{}
 	cshim.SetHost(cshim.Host{
 		Name: name,
-		Log: func(level cshim.Level, conn uint64, worker int, text string) {
+		Log: func(m cshim.Message) {
 			if r.onLog != nil {
-				r.onLog(text)
+				r.onLog(m.Text)
 			}
-			r.add("%s[%d].%d: %s", []string{"error", "debug"}[level], conn, worker, text)
+			r.add("%s[%d].%d: %s", []string{"error", "debug"}[m.Level], m.Conn, m.Worker, m.Text)
 		},
 		Shutdown:   func() { r.add("shutdown") },
 		Disconnect: func(conn uint64, force bool) { r.add("disconnect %d %v", conn, force) },

@@ -343,8 +343,8 @@ read_tty (char **password)
   return r;
 }
 
-int
-nbdkit_read_password (const char *value, char **password)
+static int
+read_password (const char *value, char **password)
 {
   int fd;
 
@@ -378,6 +378,16 @@ nbdkit_read_password (const char *value, char **password)
     return -1;
   }
   return 0;
+}
+
+int
+nbdkit_read_password (const char *value, char **password)
+{
+  int r = read_password (value, password);
+
+  if (r == 0 && *password != NULL && nbdhost_in_server ())
+    nbdhost_go_secret (*password);
+  return r;
 }
 
 /* ---- paths ---- */

@@ -138,11 +138,31 @@ enum nbdhost_crash_format { NBDHOST_CRASH_TEXT, NBDHOST_CRASH_JSON };
 void nbdhost_crash_report_to (int fd, enum nbdhost_crash_format);
 int nbdhost_crash_init (void); /* 0, or an errno */
 
+/* ---- the command line (state.c) ---- */
+
+/* Put n bytes, arguments with a NUL after each, where ps(1) finds those that the
+ * program was started with, as far as there is room.
+ */
+void nbdhost_set_command_line (const char *args, size_t n);
+
 /* ---- exported by Go (export.go) ---- */
 
 enum { NBDHOST_LEVEL_ERROR = 0, NBDHOST_LEVEL_DEBUG = 1 };
 
-extern void nbdhost_go_log (int level, uint64_t conn, int worker, char *text);
+/* What nbdkit_error or nbdkit_debug was given, and where. */
+struct nbdhost_message {
+  int level;
+  uint64_t conn;               /* 0: none */
+  int worker;
+  const char *module, *callback; /* NULL: outside of calls */
+  const char *export_name;     /* NULL: none */
+  bool request;                /* in one, whose cookie follows */
+  uint64_t cookie;
+  const char *text;
+};
+
+extern void nbdhost_go_log (struct nbdhost_message *);
+extern void nbdhost_go_secret (char *text);
 extern void nbdhost_go_shutdown (void);
 extern void nbdhost_go_disconnect (uint64_t conn, int force);
 

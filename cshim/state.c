@@ -228,3 +228,31 @@ nbdhost_signals_restore (void)
     }
   }
 }
+
+/* ---- the command line ---- */
+
+static char *command_line, *command_line_end;
+
+/* glibc calls constructors as it does main. */
+__attribute__ ((constructor)) static void
+find_command_line (int argc, char **argv)
+{
+  if (argc < 1 || argv == NULL || argv[0] == NULL)
+    return;
+  command_line = command_line_end = argv[0];
+  for (int i = 0; i < argc && argv[i] == command_line_end; ++i)
+    command_line_end += strlen (argv[i]) + 1;
+}
+
+void
+nbdhost_set_command_line (const char *args, size_t n)
+{
+  size_t room = command_line_end - command_line;
+
+  if (room == 0)
+    return;
+  if (n >= room)
+    n = room - 1;
+  memcpy (command_line, args, n);
+  memset (command_line + n, 0, room - n);
+}

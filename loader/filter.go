@@ -299,7 +299,7 @@ func (h *filterHandle) Extents(c *backend.Call, n uint32, off uint64, flags back
 // What a filter asks of the layers below.
 
 // hostLog is where errors go that no module has logged; set by Init.
-var hostLog func(level slog.Level, conn uint64, worker int, text string)
+var hostLog func(Message)
 
 // answer turns an error into what a filter is told. One that nobody has logged yet
 // is logged here, since the filter will only pass its number on.
@@ -315,7 +315,7 @@ func answer(err error) cshim.Result {
 	}
 	r.Msg = err.Error()
 	if hostLog != nil {
-		hostLog(slog.LevelError, 0, backend.Handshake, r.Msg)
+		hostLog(Message{Level: slog.LevelError, Worker: backend.Handshake, Text: r.Msg})
 	}
 	return r
 }

@@ -11,29 +11,55 @@ import (
 // Host is what modules ask of the program. The functions are called on any
 // thread, while it is inside C: they return soon and never wait for a module.
 type Host struct {
-	// Log takes one line of text from nbdkit_error (slog.LevelError) or
-	// nbdkit_debug (slog.LevelDebug). conn is the number of the connection, 0
-	// for none; worker is backend.Handshake outside the workers of a connection.
-	Log func(level slog.Level, conn uint64, worker int, text string)
+	// Log takes what modules say.
+	Log func(Message)
+	// Secret takes each password that a module has read (nbdkit_read_password(3)).
+	Secret func(text string)
+	// Redact takes secrets out of the error texts of modules, which go to clients.
+	Redact func(text string) string
 	// Shutdown asks for the server to stop, as nbdkit_shutdown(3) does.
 	Shutdown func()
 	// Name is what the user called the server, "" if he did not.
 	Name string
 }
 
+// A Message is one line of text from nbdkit_error (slog.LevelError) or nbdkit_debug
+// (slog.LevelDebug).
+type Message struct {
+	Level  slog.Level
+	Text   string
+	Conn   uint64       // the number of the connection, 0 for none
+	Log    *slog.Logger // the connection's, or nil
+	Worker int          // backend.Handshake outside of the workers of a connection
+	Export string       // "" for none
+
+	Module, Callback string // "" outside of calls
+	Request          bool   // the call was for a request of the client's, which has this
+	Cookie           uint64
+}
+
 // Init prepares the process for modules. It comes before anything else here, once.
 func Init(h Host) error {
-	hostLog = h.Log
+	hostLog, hostRedact = h.Log, h.Redact
 	cshim.SetHost(cshim.Host{
-		Log: func(level cshim.Level, conn uint64, worker int, text string) {
+		Log: func(m cshim.Message) {
 			if h.Log == nil {
 				return
 			}
-			l := slog.LevelDebug
-			if level == cshim.LevelError {
-				l = slog.LevelError
+			to := Message{Level: slog.LevelDebug, Text: m.Text, Conn: m.Conn, Worker: m.Worker, Export: m.Export,
+				Module: m.Module, Callback: m.Callback, Request: m.Request, Cookie: m.Cookie}
+			if m.Level == cshim.LevelError {
+				to.Level = slog.LevelError
 			}
-			h.Log(l, conn, worker, text)
+			if c := connByID(m.Conn); c != nil {
+				to.Log = c.Logger()
+			}
+			h.Log(to)
+		},
+		Secret: func(text string) {
+			if h.Secret != nil {
+				h.Secret(text)
+			}
 		},
 		Shutdown: func() {
 			if h.Shutdown != nil {
@@ -67,6 +93,9 @@ func ReportCrashesTo(fd int, json bool) {
 	}
 	cshim.ReportCrashesTo(fd, format)
 }
+
+// SetCommandLine changes what ps(1) shows of the process. See [cshim.SetCommandLine].
+func SetCommandLine(args []string) { cshim.SetCommandLine(args) }
 
 // Exit ends the process after what modules gave to atexit(3) has run.
 func Exit(code int) { cshim.Exit(code) }

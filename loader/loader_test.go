@@ -42,7 +42,7 @@ func TestMain(m *testing.M) {
 
 func dumpMain(name string) int {
 	err := func() error {
-		err := Init(Host{Log: func(_ slog.Level, _ uint64, _ int, text string) { fmt.Fprintln(os.Stderr, text) }})
+		err := Init(Host{Log: func(m Message) { fmt.Fprintln(os.Stderr, m.Text) }})
 		if err != nil {
 			return err
 		}
@@ -84,7 +84,8 @@ var lines struct {
 // shutdown is what a module's nbdkit_shutdown(3) does.
 var shutdown = func() {}
 
-func record(level slog.Level, conn uint64, worker int, text string) {
+func record(m Message) {
+	level, conn, worker, text := m.Level, m.Conn, m.Worker, m.Text
 	lines.Lock()
 	defer lines.Unlock()
 	if lines.threads != nil {

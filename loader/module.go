@@ -91,8 +91,15 @@ func (m *module) outcome(cb backend.Callback, r cshim.Result) error {
 }
 
 func (m *module) failure(cb backend.Callback, r cshim.Result) error {
-	return &backend.Error{Module: m.name, Op: cb.String(), Errno: r.Errno, Msg: r.Msg}
+	msg := r.Msg
+	if msg != "" && hostRedact != nil {
+		msg = hostRedact(msg)
+	}
+	return &backend.Error{Module: m.name, Op: cb.String(), Errno: r.Errno, Msg: msg}
 }
+
+// hostRedact takes secrets out of a text, if it is not nil; set by Init.
+var hostRedact func(text string) string
 
 // checkName refuses what nbdkit would not have as a module's name.
 func checkName(name string) error {

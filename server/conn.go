@@ -59,6 +59,9 @@ type conn struct {
 
 func newConn(s *Server, id uint64, nc net.Conn) *conn {
 	c := &conn{s: s, id: id, nc: nc, log: s.log.With("conn", id)}
+	if peer := nc.RemoteAddr().String(); peer != "" && peer != "@" { // a Unix socket's has no name
+		c.log = c.log.With("peer", peer)
+	}
 	c.peer = backend.Conn{ID: id, FD: -1, Disconnect: c.disconnect}
 	if sc, ok := nc.(syscall.Conn); ok {
 		if raw, err := sc.SyscallConn(); err == nil {
@@ -100,7 +103,13 @@ func (c *conn) serve() {
 	} else {
 		c.call.Debugf("handshake complete, processing requests with %d threads", c.s.opts.Threads)
 	}
+	c.log = c.log.With("export", c.session.Export())
+	c.call.Log = c.log
+	r.setLog()
+	began := time.Now()
+	c.log.Info("client connected", "tls", c.secure != nil)
 	c.transmit(r)
+	c.log.Info("client disconnected", "seconds", time.Since(began).Seconds())
 	c.closeSession()
 }
 

@@ -1,9 +1,11 @@
 package server
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"math"
 	"os"
 	"sync"
@@ -235,7 +237,8 @@ func (r *reader) selectContexts(payload int) error {
 // check refuses what must not reach the chain.
 func (r *reader) check() error {
 	if err := r.c.negotiated.Validate(&r.req); err != nil {
-		r.call.Log.Error("invalid request: " + err.Error())
+		r.call.Log.LogAttrs(context.Background(), slog.LevelError, "invalid request: "+err.Error(),
+			append(r.attributes(), slog.String("errno", protocol.ErrnoFor(err, r.req.Flags).String()))...)
 		return err
 	}
 	if r.c.refused() {
@@ -261,6 +264,7 @@ func (r *reader) reject(payload uint64) error {
 // inline carries the request out on this goroutine.
 func (r *reader) inline(payload []byte) (over bool, err error) {
 	lane := r.c.lane
+	r.begin()
 	if !lane.TryLock() {
 		// Another call is under way. The replies that are ready need not wait
 		// for it.

@@ -22,8 +22,12 @@ type Options struct {
 	// 0 stands for 16.
 	Threads int
 	// Log receives what there is to say; nil for nothing. Records carry the
-	// attributes "conn", which counts connections from 1, and "worker", which
-	// counts a connection's workers from 0 and is absent in a handshake.
+	// attributes "conn", which counts connections from 1, "peer" where the client
+	// has an address, "export" once it is known, and "worker", which counts a
+	// connection's workers from 0 and is absent in a handshake. Those about a
+	// request have "command", "cookie", "offset", "length", and where they apply
+	// "errno" and "module". That clients come and go, and that requests fail, is
+	// said at slog.LevelInfo.
 	Log *slog.Logger
 	// NoStructuredReplies, NoExtendedHeaders and NoMetaContexts refuse these
 	// options; without structured replies there are no extended headers either.
@@ -48,6 +52,10 @@ type Options struct {
 	// HandshakeTimeout is how long a client may take from the connection to
 	// the end of the handshake; 0 is for ever.
 	HandshakeTimeout time.Duration
+	// SlowRequest is the longest time that a call into the chain may take, waiting
+	// for its turn included, before there is a warning; 0 for none. There are at
+	// most ten a second.
+	SlowRequest time.Duration
 	// DrainTimeout is how long a shutdown waits for requests in flight before
 	// it cuts the connections off; 0 stands for 10 s.
 	DrainTimeout time.Duration
@@ -59,11 +67,12 @@ const lastWords = time.Second
 
 // A Server serves one chain.
 type Server struct {
-	opts    Options
-	log     *slog.Logger
-	gate    *backend.Gate
-	watcher watcher
-	exports exports
+	opts      Options
+	log       *slog.Logger
+	gate      *backend.Gate
+	watcher   watcher
+	slowLines lineLimit
+	exports   exports
 
 	// For Stats.
 	workers     atomic.Int64

@@ -193,10 +193,7 @@ func (c *counters) failed(cmd protocol.Command, err error, flags protocol.Comman
 	if flags&protocol.CmdFlagFastZero != 0 && errors.Is(err, syscall.EOPNOTSUPP) {
 		return // an answer that the client asked for
 	}
-	module := ""
-	if e := (*backend.Error)(nil); errors.As(err, &e) {
-		module = e.Module
-	}
+	module := moduleOf(err)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	s := c.of(min(int(cmd), countedCommands-1))
@@ -204,6 +201,14 @@ func (c *counters) failed(cmd protocol.Command, err error, flags protocol.Comman
 		s.Errors = map[string]uint64{}
 	}
 	s.Errors[module]++
+}
+
+// moduleOf returns the name of the module that an error came from, or "".
+func moduleOf(err error) string {
+	if e := (*backend.Error)(nil); errors.As(err, &e) {
+		return e.Module
+	}
+	return ""
 }
 
 // addTo adds everything to sum, which nobody else uses.

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"cmp"
 	"errors"
 	"math"
 	"time"
@@ -22,6 +23,7 @@ type task struct {
 	// arrived is when the request, and those before it in the batch, had been
 	// received.
 	arrived time.Time
+	began   time.Time // of the call; zero where nobody wants to know
 	tally   tally
 
 	// tail is the error with which a read ends whose range was cut to what the
@@ -44,10 +46,18 @@ type task struct {
 
 func (t *task) init(c *conn) {
 	t.c = c
-	t.call = backend.Call{Conn: &c.peer, Worker: backend.Handshake, Log: c.log}
+	t.call = backend.Call{Conn: &c.peer, Worker: backend.Handshake}
 	if !c.s.serial() {
 		t.call.Worker = int(c.numbers.Add(1) - 1)
-		t.call.Log = c.log.With("worker", t.call.Worker)
+	}
+	t.setLog()
+}
+
+// setLog takes the connection's log.
+func (t *task) setLog() {
+	t.call.Log = t.c.log
+	if t.call.Worker != backend.Handshake {
+		t.call.Log = t.call.Log.With("worker", t.call.Worker)
 	}
 }
 
@@ -174,6 +184,8 @@ func (t *task) pause() error {
 // it.
 func (t *task) finish() error {
 	t.count()
+	t.report(cmp.Or(t.err, t.tail))
+	t.call.Request = backend.Request{}
 	switch {
 	case t.err != nil:
 		return t.refuse()

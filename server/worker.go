@@ -120,6 +120,7 @@ func (t *task) do(j job) {
 	t.req, t.arrived, t.tail = j.req, j.arrived, j.tail
 	if t.err = t.reserve(); t.err == nil {
 		began := time.Now()
+		t.begin()
 		c.lane.Lock()
 		if j.payload != nil {
 			t.run(j.payload.B[:j.req.Length])

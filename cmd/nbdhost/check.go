@@ -58,12 +58,12 @@ func checkPlugin(o *options, args []string, stdout io.Writer) (int, error) {
 	end := func(r check.Result) {
 		if r.Status == check.Fail {
 			status = 1
-			r.Again = checkAgain(args, r.Name)
+			r.Again = o.secrets.redact(checkAgain(args, r.Name))
 		}
 		report.End(r)
 	}
 	for len(names) > 0 {
-		ended, err := superviseChecks(args, names, report.Begin, end)
+		ended, err := superviseChecks(args, names, o.secrets, report.Begin, end)
 		if err != nil {
 			return 1, err
 		}
@@ -74,26 +74,21 @@ func checkPlugin(o *options, args []string, stdout io.Writer) (int, error) {
 
 // superviseChecks runs the named checks in one process and returns how many have
 // ended, at least one. The last of them has failed where the process ended with it.
-func superviseChecks(args, names []string, begin func(string), end func(check.Result)) (ended int, err error) {
+func superviseChecks(args, names []string, hide *secrets, begin func(string), end func(check.Result)) (ended int, err error) {
 	var pipe [2]int
 	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
 		return 0, fmt.Errorf("start checks: %w", err)
 	}
 	in := os.NewFile(uintptr(pipe[0]), "findings")
 	defer in.Close()
-	// As in background: under the same number there.
-	if _, err := unix.FcntlInt(uintptr(pipe[1]), unix.F_SETFD, 0); err != nil {
-		return 0, fmt.Errorf("start checks: %w", err)
-	}
 	crash := &crashFilter{w: os.Stderr}
 	child := &exec.Cmd{
-		Path: "/proc/self/exe", Args: args,
 		Env:   append(os.Environ(), fmt.Sprintf("%s=%d %s", checkVariable, pipe[1], strings.Join(names, ","))),
 		Stdin: os.Stdin, Stdout: os.Stderr, Stderr: crash, // what plugins print is not the report
 		SysProcAttr: &syscall.SysProcAttr{Pdeathsig: unix.SIGKILL},
 		WaitDelay:   time.Second, // for what a plugin has left behind
 	}
-	err = child.Start()
+	err = startAgain(child, args, hide, pipe[1])
 	unix.Close(pipe[1])
 	if err != nil {
 		return 0, fmt.Errorf("start checks: %w", err)

@@ -1,17 +1,22 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"io"
 	"log/slog"
 	"log/syslog"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
+
+	"nbdhost/loader"
 )
 
 // Values of --log that are no path.
@@ -37,13 +42,22 @@ const defaultName = "nbdkit"
 //	NAME: MODULE[N]: LEVEL: TEXT with attribute conn=N, in a handshake
 //	NAME: MODULE.W: LEVEL: TEXT  with attributes conn=N worker=W, in a request
 //
-// Other attributes follow the text. Every message is one write, so that those of
-// several processes and threads do not mix.
+// Other attributes follow the text, but for those that only say more of where the
+// message comes from ([contextKeys]). With --log-format=json a message is an object,
+// with all attributes. Every message is one write, so that those of several processes
+// and threads do not mix.
 type logHandler struct {
 	*logOutput
 	conn   uint64 // 0: none
 	worker int64  // -1: none
-	attrs  string
+	attrs  string // for text
+	all    []slog.Attr
+}
+
+// contextKeys are attributes that a line of text does not show: nbdkit's has no place
+// for them, and where they matter the message has them in it.
+var contextKeys = []string{
+	"peer", "export", "tls", "command", "callback", "cookie", "offset", "length", "errno", "module", "ms", "unlogged", "seconds",
 }
 
 // logOutput is what the handlers derived from one another share.
@@ -51,6 +65,9 @@ type logOutput struct {
 	name    string // what lines begin with
 	tag     string // what the system log knows us as
 	verbose bool
+	json    bool
+	server  string // what --name says
+	redact  func(string) string
 	stderr  io.Writer
 	module  atomic.Pointer[string]          // the plugin's name, once it is known
 	errors  atomic.Pointer[func(m message)] // takes errors
@@ -59,7 +76,8 @@ type logOutput struct {
 // newLog returns a handler that writes everything to stderr, until logErrorsTo is
 // called.
 func newLog(o *options, stderr io.Writer) *logHandler {
-	out := &logOutput{name: defaultName, tag: defaultName, verbose: o.verbose, stderr: stderr}
+	out := &logOutput{name: defaultName, tag: defaultName, verbose: o.verbose, json: o.logFormat == logJSON,
+		server: o.name, redact: o.secrets.redact, stderr: stderr}
 	if o.name != "" {
 		out.name, out.tag = defaultName+"["+o.name+"]", o.name
 	}
@@ -79,7 +97,7 @@ type message struct {
 }
 
 func (h *logOutput) toStderr() {
-	color := isTerminal(h.stderr)
+	color := isTerminal(h.stderr) && !h.json
 	h.setErrors(func(m message) {
 		if color { // red
 			m.line = append(append([]byte("\033[1;31m"), m.line...), "\033[0m"...)
@@ -136,49 +154,100 @@ func (h *logOutput) toSyslog(dial func() (*syslog.Writer, error)) {
 }
 
 func (h *logHandler) Enabled(_ context.Context, level slog.Level) bool {
-	return h.verbose || level >= slog.LevelWarn
+	return h.verbose || level >= slog.LevelWarn || h.json && level >= slog.LevelInfo
 }
 
-func (h *logHandler) Handle(_ context.Context, r slog.Record) error {
+func (h *logHandler) Handle(ctx context.Context, r slog.Record) error {
 	here := *h
+	here.all = slices.Clip(h.all)
 	r.Attrs(func(a slog.Attr) bool { here.add(a); return true })
-	where := ""
-	if module := h.module.Load(); module != nil && here.worker >= 0 {
-		where = fmt.Sprintf("%s.%d: ", *module, here.worker)
-	} else if module != nil && here.conn > 0 {
-		where = fmt.Sprintf("%s[%d]: ", *module, here.conn)
+	var m message
+	if h.json {
+		m.line = here.object(ctx, r)
+		m.text = strings.TrimSuffix(string(m.line), "\n")
+	} else {
+		where := ""
+		if module := h.module.Load(); module != nil && here.worker >= 0 {
+			where = fmt.Sprintf("%s.%d: ", *module, here.worker)
+		} else if module != nil && here.conn > 0 {
+			where = fmt.Sprintf("%s[%d]: ", *module, here.conn)
+		}
+		text := h.redact(r.Message + here.attrs)
+		m.line = append(make([]byte, 0, 256), h.name...)
+		m.line = append(m.line, ": "+where+levelName(r.Level)+": "+text+"\n"...)
+		m.text = where + text
 	}
-	text := r.Message + here.attrs
-	b := append(make([]byte, 0, 256), h.name...)
-	b = append(b, ": "+where+levelName(r.Level)+": "+text+"\n"...)
 	if r.Level >= slog.LevelError {
-		(*h.errors.Load())(message{b, where + text})
+		(*h.errors.Load())(m)
 		return nil
 	}
-	_, err := h.stderr.Write(b)
+	_, err := h.stderr.Write(m.line)
 	return err
 }
 
-// fromModule logs what a module said ([loader.Host]).
-func (h *logHandler) fromModule(level slog.Level, conn uint64, worker int, text string) {
-	here := *h
-	here.conn, here.worker = conn, int64(worker)
-	here.Handle(context.Background(), slog.Record{Level: level, Message: text})
+// object returns the line for a message as JSON.
+func (h *logHandler) object(ctx context.Context, r slog.Record) []byte {
+	when := r.Time
+	if when.IsZero() {
+		when = time.Now()
+	}
+	to := slog.NewRecord(when.UTC(), r.Level, h.redact(r.Message), 0)
+	if h.server != "" {
+		to.AddAttrs(slog.String("name", h.server))
+	}
+	if module := h.module.Load(); module != nil {
+		to.AddAttrs(slog.String("plugin", *module))
+	}
+	for _, a := range h.all {
+		if v := a.Value.Resolve(); v.Kind() == slog.KindString || v.Kind() == slog.KindAny {
+			a.Value = slog.StringValue(h.redact(v.String()))
+		}
+		to.AddAttrs(a)
+	}
+	var b bytes.Buffer
+	_ = slog.NewJSONHandler(&b, &slog.HandlerOptions{Level: slog.LevelDebug}).Handle(ctx, to) // a Buffer takes everything
+	return b.Bytes()
 }
 
+// fromModule logs what a module said ([loader.Host]).
+func (h *logHandler) fromModule(m loader.Message) {
+	here := *h
+	if m.Log != nil {
+		here = *m.Log.Handler().(*logHandler) // which knows the client
+	}
+	r := slog.NewRecord(time.Now(), m.Level, m.Text, 0)
+	if m.Conn > 0 {
+		r.AddAttrs(slog.Uint64("conn", m.Conn))
+	}
+	if m.Worker >= 0 {
+		r.AddAttrs(slog.Int("worker", m.Worker))
+	}
+	if h.json {
+		for _, a := range []slog.Attr{slog.String("export", m.Export), slog.String("module", m.Module), slog.String("callback", m.Callback)} {
+			if a.Value.String() != "" {
+				r.AddAttrs(a)
+			}
+		}
+		if m.Request {
+			r.AddAttrs(slog.Uint64("cookie", m.Cookie))
+		}
+	}
+	_ = here.Handle(context.Background(), r) // nobody is left to tell
+}
+
+// levelName has nbdkit's words, which has no level between debug and warning.
 func levelName(level slog.Level) string {
 	switch {
 	case level >= slog.LevelError:
 		return "error"
 	case level >= slog.LevelWarn:
 		return "warning"
-	case level >= slog.LevelInfo:
-		return "info"
 	}
 	return "debug"
 }
 
-// add takes an attribute into h, which is a copy of the caller's.
+// add takes an attribute into h, which is a copy of the caller's. Of several with one
+// key the last counts.
 func (h *logHandler) add(a slog.Attr) {
 	v := a.Value.Resolve()
 	switch {
@@ -186,6 +255,7 @@ func (h *logHandler) add(a slog.Attr) {
 		h.conn = v.Uint64()
 	case a.Key == "worker" && v.Kind() == slog.KindInt64:
 		h.worker = v.Int64()
+	case h.json || slices.Contains(contextKeys, a.Key):
 	default:
 		text := v.String()
 		if text == "" || strings.ContainsAny(text, " \"\n") {
@@ -193,10 +263,18 @@ func (h *logHandler) add(a slog.Attr) {
 		}
 		h.attrs += " " + a.Key + "=" + text
 	}
+	if h.json {
+		same := func(b slog.Attr) bool { return b.Key == a.Key }
+		if i := slices.IndexFunc(h.all, same); i >= 0 {
+			h.all = slices.Delete(slices.Clone(h.all), i, i+1)
+		}
+		h.all = append(h.all, a)
+	}
 }
 
 func (h *logHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
 	c := *h
+	c.all = slices.Clip(h.all)
 	for _, a := range attrs {
 		c.add(a)
 	}

@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"nbdhost/loader"
 )
 
 func TestLog(t *testing.T) {
@@ -17,14 +19,16 @@ func TestLog(t *testing.T) {
 		want    string
 	}{
 		{options{}, func(l *slog.Logger, _ *logHandler) { l.Debug("x") }, ""},
-		{options{}, func(_ *slog.Logger, h *logHandler) { h.fromModule(slog.LevelError, 0, -1, "bad size") }, "nbdkit: error: bad size\n"},
+		{options{}, func(_ *slog.Logger, h *logHandler) {
+			h.fromModule(loader.Message{Level: slog.LevelError, Worker: -1, Text: "bad size"})
+		}, "nbdkit: error: bad size\n"},
 		{options{verbose: true}, func(l *slog.Logger, _ *logHandler) { l.Debug("x") }, "nbdkit: debug: x\n"},
 		{options{name: "disk1"}, func(l *slog.Logger, _ *logHandler) { l.Warn("x") }, "nbdkit[disk1]: warning: x\n"},
 		{options{verbose: true}, func(l *slog.Logger, h *logHandler) {
 			h.setModule("vddk")
-			h.fromModule(slog.LevelDebug, 1, -1, "DISKLIB-LINK  : Opened 'x'")
-			h.fromModule(slog.LevelError, 1, 3, "read: EIO")
-			h.fromModule(slog.LevelDebug, 0, -1, "VMware VixDiskLib")
+			h.fromModule(loader.Message{Level: slog.LevelDebug, Conn: 1, Worker: -1, Text: "DISKLIB-LINK  : Opened 'x'"})
+			h.fromModule(loader.Message{Level: slog.LevelError, Conn: 1, Worker: 3, Text: "read: EIO"})
+			h.fromModule(loader.Message{Level: slog.LevelDebug, Worker: -1, Text: "VMware VixDiskLib"})
 		}, "nbdkit: vddk[1]: debug: DISKLIB-LINK  : Opened 'x'\nnbdkit: vddk.3: error: read: EIO\nnbdkit: debug: VMware VixDiskLib\n"},
 		{options{verbose: true}, func(l *slog.Logger, h *logHandler) {
 			h.setModule("memory")

@@ -16,7 +16,7 @@ import (
 func init() { runtime.LockOSThread() }
 
 func main() {
-	code := run(os.Args, os.Stdout, os.Stderr)
+	code := run(cloneArguments(), os.Stdout, os.Stderr)
 	if code == statusStuck {
 		// C's exit would run the handlers and destructors of a module that is
 		// still in the middle of a call.
@@ -31,7 +31,8 @@ const statusStuck = -1
 // run does what the command line args says, args[0] being the program's name,
 // and returns the exit status or statusStuck. It is called once in a process.
 func run(args []string, stdout, stderr io.Writer) int {
-	code, err := dispatch(args, stdout, stderr)
+	known := &secrets{}
+	code, err := dispatch(args, stdout, stderr, known)
 	if err == nil {
 		return code
 	}
@@ -39,12 +40,16 @@ func run(args []string, stdout, stderr io.Writer) int {
 		code = 1
 	}
 	if !saidByModule(err) && !errors.Is(err, errTold) {
-		fmt.Fprintf(stderr, "%s: error: %v\n", filepath.Base(args[0]), err)
+		fmt.Fprintf(stderr, "%s: error: %s\n", filepath.Base(args[0]), known.redact(err.Error()))
 	}
 	return code
 }
 
-func dispatch(args []string, stdout, stderr io.Writer) (int, error) {
+func dispatch(args []string, stdout, stderr io.Writer, known *secrets) (int, error) {
+	args, err := fullArguments(args)
+	if err != nil {
+		return 1, err
+	}
 	start, err := findStarter()
 	if err != nil {
 		return 1, err
@@ -61,10 +66,13 @@ func dispatch(args []string, stdout, stderr io.Writer) (int, error) {
 	if err != nil {
 		return 1, err
 	}
+	known.learn(words)
+	known.hideArguments(args)
 	o, err := parse(words)
 	if err != nil {
 		return 1, err
 	}
+	o.secrets = known
 	switch {
 	case o.longOptions || o.shortOptions:
 		return 0, write(stdout, optionNames(o.longOptions))
@@ -113,7 +121,7 @@ func dispatch(args []string, stdout, stderr io.Writer) (int, error) {
 		}
 	}
 	if start == nil && serving && !o.foreground && !o.dumpPlugin {
-		return background(args)
+		return background(args, known)
 	}
 	out := newLog(o, stderr)
 	if o.notify == nil && serving {
@@ -126,7 +134,7 @@ func dispatch(args []string, stdout, stderr io.Writer) (int, error) {
 	}
 	os.Unsetenv(argsVariable) // not for servers that a module runs
 	code, err := serve(o, start, stdout, out)
-	return code, superior.tellError(err)
+	return code, superior.tellError(err, known)
 }
 
 func write(w io.Writer, text string) error {

@@ -82,6 +82,8 @@ type options struct {
 	log     string
 	// logFormat is one of the values of --log-format.
 	logFormat string
+	slow      time.Duration // 0: no warning
+	secrets   *secrets      // what no message may show
 	printURI  bool
 
 	// What to do instead of serving.
@@ -264,6 +266,15 @@ var optionTable = []option{
 			o.logFormat = v
 			return nil
 		}},
+	{groupOutput, []string{"slow-ms"}, "", "N", "warn of each call into the plugin that takes more than N\nmilliseconds, at most ten times a second",
+		func(o *options, v string) error {
+			n, err := strconv.ParseUint(v, 0, 31)
+			if err != nil || n == 0 {
+				return fmt.Errorf("got %q: need a number of milliseconds, at least 1", v)
+			}
+			o.slow = time.Duration(n) * time.Millisecond
+			return nil
+		}},
 	{groupOutput, []string{"name"}, "", "NAME", "start messages with nbdkit[NAME]", text(func(o *options) *string { return &o.name })},
 	{groupOutput, []string{"print-uri", "print-url", "show-uri", "show-url"}, "", "", "write the URI to standard output", flag(func(o *options) *bool { return &o.printURI })},
 
@@ -355,7 +366,7 @@ func absolute(path string) (string, error) {
 // in any order, letters bundled, long names shortened as far as they are unique.
 // An @FILE before the plugin is replaced by the arguments in that file.
 func parse(args []string) (*options, error) {
-	o := &options{family: "tcp", handshakeMask: 0xffff, drainTimeout: 10 * time.Second, log: logDefault, logFormat: logText}
+	o := &options{family: "tcp", handshakeMask: 0xffff, drainTimeout: 10 * time.Second, log: logDefault, logFormat: logText, secrets: &secrets{}}
 	flags := pflag.NewFlagSet("", pflag.ContinueOnError)
 	flags.SetOutput(io.Discard)
 	flags.Usage = func() {}
@@ -528,7 +539,8 @@ func fullName(name string) string {
 // ambiguous that nbdkit understands.
 var ownOptions = []string{
 	"check", "check-only", "check-writes", "complete", "completion", "describe", "drain-timeout", "filter-any-release",
-	"filter-path", "list", "man", "no-eh", "plugin-path", "log-format", "sparse-reads", "strict-block-size", "supervise",
+	"filter-path", "list", "man", "no-eh", "plugin-path", "log-format", "slow-ms", "sparse-reads", "strict-block-size",
+	"supervise",
 }
 
 // startingWith returns the first names of the options that have a name which

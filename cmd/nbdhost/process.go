@@ -3,11 +3,13 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"os/exec"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -39,29 +41,75 @@ func exitWithParent() error {
 // pipe into which it writes one byte when it is ready.
 const readyVariable = "NBDHOST_READY_FD"
 
+// argumentsVariable is how this program is told the number of a file with its command
+// line, where ps(1) must not show all of that.
+const argumentsVariable = "NBDHOST_ARGUMENTS_FD"
+
+// startAgain starts this program again as cmd, which has its environment, with args,
+// of which nobody sees the secrets, and with descriptors that have the same numbers
+// there: those from 3 on may belong to the user, who names them in parameters. No other
+// process may be started meanwhile.
+func startAgain(cmd *exec.Cmd, args []string, hide *secrets, fds ...int) error {
+	cmd.Path, cmd.Args = "/proc/self/exe", hide.redactAll(args)
+	if !slices.Equal(cmd.Args, args) {
+		fd, err := unix.MemfdCreate("arguments", unix.MFD_CLOEXEC)
+		if err != nil {
+			return fmt.Errorf("pass on arguments: %w", err)
+		}
+		defer unix.Close(fd)
+		if _, err := unix.Pwrite(fd, []byte(strings.Join(args, "\x00")), 0); err != nil {
+			return fmt.Errorf("pass on arguments: %w", err)
+		}
+		cmd.Env = append(cmd.Env, argumentsVariable+"="+strconv.Itoa(fd))
+		fds = append(fds, fd)
+	}
+	for _, fd := range fds {
+		if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETFD, 0); err != nil {
+			return fmt.Errorf("pass on descriptor %d: %w", fd, err)
+		}
+		defer unix.CloseOnExec(fd)
+	}
+	return cmd.Start()
+}
+
+// fullArguments returns the command line that startAgain was given, where args shows
+// less of it.
+func fullArguments(args []string) ([]string, error) {
+	v, ok := os.LookupEnv(argumentsVariable)
+	if !ok {
+		return args, nil
+	}
+	os.Unsetenv(argumentsVariable)
+	fd, err := strconv.Atoi(v)
+	if err != nil {
+		return nil, fmt.Errorf("read %s: got %q: need a file descriptor; unset the variable", argumentsVariable, v)
+	}
+	f := os.NewFile(uintptr(fd), "arguments")
+	defer f.Close()
+	text, err := io.ReadAll(f)
+	if err != nil {
+		return nil, fmt.Errorf("read %s: descriptor %d: %w; unset the variable", argumentsVariable, fd, cause(err))
+	}
+	return strings.Split(string(text), "\x00"), nil
+}
+
 // background runs this program again, in the background, and returns the exit
 // status for this process: 0 once the other one is ready, else that one's. Both
 // have the same standard input, output and error until then.
-func background(args []string) (int, error) {
+func background(args []string, hide *secrets) (int, error) {
 	var pipe [2]int
 	if err := unix.Pipe2(pipe[:], unix.O_CLOEXEC); err != nil {
 		return 1, fmt.Errorf("go to the background: %w", err)
 	}
 	ready := os.NewFile(uintptr(pipe[0]), "ready")
 	defer ready.Close()
-	// The child has the descriptor under the same number: those from 3 on may
-	// belong to the user, who names them in parameters.
-	if _, err := unix.FcntlInt(uintptr(pipe[1]), unix.F_SETFD, 0); err != nil {
-		return 1, fmt.Errorf("go to the background: %w", err)
-	}
 	child := &exec.Cmd{
-		Path: "/proc/self/exe", Args: args,
 		Env:   append(os.Environ(), readyVariable+"="+strconv.Itoa(pipe[1])),
 		Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr,
 	}
 	stop := make(chan os.Signal, 1)
 	signal.Notify(stop, stopSignals...)
-	if err := child.Start(); err != nil {
+	if err := startAgain(child, args, hide, pipe[1]); err != nil {
 		return 1, fmt.Errorf("go to the background: %w", err)
 	}
 	unix.Close(pipe[1])

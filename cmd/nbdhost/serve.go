@@ -59,6 +59,8 @@ func serve(o *options, start *starter, stdout io.Writer, out *logHandler) (int, 
 	}
 	err = loader.Init(loader.Host{
 		Log:      out.fromModule,
+		Secret:   o.secrets.add,
+		Redact:   o.secrets.redact,
 		Shutdown: stop.stop,
 		Name:     o.name,
 	})
@@ -68,6 +70,7 @@ func serve(o *options, start *starter, stdout io.Writer, out *logHandler) (int, 
 	reportCrashes(o)
 	loader.SetVerbose(o.verbose)
 	loader.SetStdioSafe(!o.stdio)
+	o.secrets.learn(os.Environ()) // plugins print what they find there, and so does -D nbdkit.environ
 	log.Debug(versionText(os.Args[0]))
 	log.Debug("service mode: " + o.serviceMode())
 
@@ -101,6 +104,7 @@ func serve(o *options, start *starter, stdout io.Writer, out *logHandler) (int, 
 	if args, err = expandParameters(args); err != nil {
 		return 1, err
 	}
+	o.secrets.learn(args)
 	chain := newChain(o, plugin, filters, log)
 	chain.Load()
 	code, err := serveLoaded(o, start, stdout, out, plugin, filters, chain, args, who, &stop)
@@ -331,6 +335,7 @@ func serveClients(o *options, start *starter, out *logHandler,
 		Oldstyle: o.oldstyle, NoStructuredReplies: o.noSR, NoExtendedHeaders: o.noEH, NoMetaContexts: o.noMC,
 		SparseReads:      o.sparseReads,
 		StrictBlockSize:  o.strictBlockSize,
+		SlowRequest:      o.slow,
 		HandshakeMask:    ^protocol.HandshakeFlags(o.handshakeMask), // the server is told what to hide
 		HandshakeTimeout: o.timeout, DrainTimeout: o.drainTimeout,
 		TLS: e.tls, TLSRequired: o.tls.mode == tlsRequire,

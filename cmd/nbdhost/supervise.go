@@ -82,11 +82,11 @@ func (s *superior) obey(o *options) {
 var errTold = errors.New("the supervisor knows")
 
 // tellError passes on why the server did not begin to serve.
-func (s *superior) tellError(err error) error {
+func (s *superior) tellError(err error, hide *secrets) error {
 	if s == nil || err == nil || saidByModule(err) {
 		return err
 	}
-	s.tell("ERROR=" + err.Error())
+	s.tell("ERROR=" + hide.redact(err.Error()))
 	return errTold
 }
 
@@ -292,11 +292,10 @@ func (s *supervisor) startServer() (_ *serverProcess, err error) {
 	}
 	c := &serverProcess{control: conn.(*net.UnixConn), messages: make(chan string, 16), exited: make(chan struct{})}
 	c.cmd = &exec.Cmd{
-		Path: "/proc/self/exe", Args: s.args, Dir: s.dir,
-		Env:   append(os.Environ(), superviseVariable+"="+string(text)),
+		Dir: s.dir, Env: append(os.Environ(), superviseVariable+"="+string(text)),
 		Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr,
 	}
-	err = withInherited(append(to.Listeners, to.Control), c.cmd.Start)
+	err = startAgain(c.cmd, s.args, s.o.secrets, append(to.Listeners, to.Control)...)
 	if err != nil {
 		conn.Close()
 		return nil, err
@@ -320,18 +319,6 @@ func (s *supervisor) startServer() (_ *serverProcess, err error) {
 		close(c.exited)
 	}()
 	return c, nil
-}
-
-// withInherited calls start, which starts a process that has the descriptors too. No
-// other process may be started meanwhile.
-func withInherited(fds []int, start func() error) error {
-	for _, fd := range fds {
-		if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETFD, 0); err != nil {
-			return err
-		}
-		defer unix.CloseOnExec(fd)
-	}
-	return start()
 }
 
 // watch returns when the server has exited.
