@@ -42,6 +42,7 @@ type conn struct {
 	negotiated protocol.Negotiated
 	sparse     sparsePolicy
 	refusal    Reason // why the last option was refused, or ReasonClient
+	denied     string // why there is no more than a handshake; "" where there is
 	export     *export
 	counters   counters
 
@@ -55,6 +56,11 @@ type conn struct {
 	cost    atomic.Int64 // ns that a call takes beyond what its size explains
 	slow    atomic.Bool  // calls go to workers
 	calling sync.WaitGroup
+
+	// Of the limits.
+	address string // see there
+	bytes   budget
+	delayed uint // a bit for each Limit that was reached; the reader's
 }
 
 func newConn(s *Server, id uint64, nc net.Conn) *conn {
@@ -72,6 +78,7 @@ func newConn(s *Server, id uint64, nc net.Conn) *conn {
 		}
 	}
 	c.call = backend.Call{Conn: &c.peer, Worker: backend.Handshake, Log: c.log}
+	c.bytes = newBudget(s.opts.Limits.BytesPerConnection)
 	c.sender.init(c)
 	return c
 }
@@ -80,6 +87,10 @@ func newConn(s *Server, id uint64, nc net.Conn) *conn {
 func (c *conn) serve() {
 	defer c.s.forget(c)
 	defer c.close()
+	if c.denied != "" {
+		c.turnAway()
+		return
+	}
 	if c.lane = c.s.gate.Connect(c.s.quit); c.lane == nil {
 		return
 	}

@@ -145,6 +145,9 @@ func (n *negotiation) option() (over bool, err error) {
 	n.in.take(total)
 
 	if h.Option == protocol.OptExportName {
+		if n.c.denied != "" {
+			return false, errors.New(n.c.denied)
+		}
 		if n.plain(h.Option) {
 			return false, errPlain // there is no reply for an error
 		}
@@ -189,6 +192,10 @@ func (n *negotiation) tooBig(h *protocol.OptionHeader) error {
 
 // answer composes the reply to an option of fixed newstyle.
 func (n *negotiation) answer(opt protocol.Option, data []byte) (over bool, err error) {
+	if n.c.denied != "" && opt != protocol.OptAbort {
+		n.refuse(opt, protocol.RepErrPolicy, n.c.denied)
+		return false, nil
+	}
 	if n.c.s.quitting() && opt != protocol.OptAbort {
 		n.refuse(opt, protocol.RepErrShutdown, "the server is shutting down")
 		return false, nil

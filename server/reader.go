@@ -139,6 +139,8 @@ func (r *reader) ended(err error) {
 	switch {
 	case err == io.EOF:
 		r.call.Debugf("client closed input socket, closing connection")
+	case err == errGone:
+		r.call.Debugf("%v, closing connection", err)
 	case status(r.c.status.Load()) == dead:
 		r.call.Debugf("connection was cut off")
 	case errors.Is(err, os.ErrDeadlineExceeded):
@@ -174,15 +176,24 @@ func (r *reader) request() (over bool, err error) {
 		}
 		payload = 0
 	}
-	if r.c.delegates() {
+	delegates := r.c.delegates()
+	if err := r.limit(delegates); err != nil {
+		return false, err
+	}
+	if r.err != nil {
+		return false, r.reject(payload)
+	}
+	if delegates {
 		return false, r.delegate(int(payload))
 	}
 	if have := len(r.in.unread()); uint64(have) < payload {
 		if err := r.wait(int(payload)); err != nil {
+			r.drop()
 			return false, err
 		}
 	}
 	if err := r.reserve(); err != nil {
+		r.drop()
 		r.err = err
 		return false, r.reject(payload)
 	}
@@ -204,7 +215,7 @@ func (r *reader) truncate() bool {
 	if n.Validate(&req) != nil {
 		return false
 	}
-	r.req, r.tail = req, r.err
+	r.req, r.tail, r.err = req, r.err, nil
 	return true
 }
 
@@ -242,10 +253,14 @@ func (r *reader) check() error {
 		return err
 	}
 	if r.c.refused() {
-		return &protocol.RequestError{Command: r.req.Type, Errno: protocol.ESHUTDOWN,
-			Msg: "the server or this connection is shutting down; disconnect"}
+		return r.stopping()
 	}
 	return nil
+}
+
+func (r *reader) stopping() error {
+	return &protocol.RequestError{Command: r.req.Type, Errno: protocol.ESHUTDOWN,
+		Msg: "the server or this connection is shutting down; disconnect"}
 }
 
 // reject consumes the payload, received or not, and replies with r.err.
@@ -271,6 +286,7 @@ func (r *reader) inline(payload []byte) (over bool, err error) {
 		r.sample()
 		r.send()
 		if err := r.reserve(); err != nil {
+			r.drop()
 			return false, err
 		}
 		lane.Lock()
@@ -283,6 +299,7 @@ func (r *reader) inline(payload []byte) (over bool, err error) {
 	r.c.watch()
 	r.run(payload)
 	lane.Unlock()
+	r.worked()
 	if !r.state.CompareAndSwap(state, state&^mask) {
 		return true, r.finishTaken()
 	}

@@ -21,7 +21,8 @@ const (
 // and holds no buffer.
 type batch struct {
 	buf        *backend.Buffer
-	start, end int // the replies: buf.B[start:end]
+	start, end int  // the replies: buf.B[start:end]
+	held       held // to be given back when they are sent
 }
 
 func (b *batch) empty() bool { return b.start == b.end }
@@ -99,6 +100,7 @@ func (s *sender) send(b *batch) {
 	s.mu.Unlock()
 
 	s.write(b.buf.B[b.start:b.end])
+	s.c.giveBack(&b.held)
 	b.start, b.end = 0, 0
 	if len(b.buf.B) > batchSize {
 		b.release()
@@ -141,6 +143,7 @@ func (s *sender) writeAll(queue []batch) {
 		}
 	}
 	for i := range queue {
+		s.c.giveBack(&queue[i].held)
 		queue[i].release()
 	}
 }

@@ -59,6 +59,7 @@ type Options struct {
 	// DrainTimeout is how long a shutdown waits for requests in flight before
 	// it cuts the connections off; 0 stands for 10 s.
 	DrainTimeout time.Duration
+	Limits       Limits
 }
 
 // lastWords is how long an idle client has, after a shutdown, to send a command
@@ -74,6 +75,12 @@ type Server struct {
 	slowLines lineLimit
 	exports   exports
 
+	// Of opts.Limits.
+	limited  bool // every request is
+	requests budget
+	bytes    budget
+	delays   [limits]delays
+
 	// For Stats.
 	workers     atomic.Int64
 	tlsFailures atomic.Uint64
@@ -85,8 +92,15 @@ type Server struct {
 	mu     sync.Mutex // guards what follows
 	lastID uint64
 	conns  map[uint64]*conn
-	open   sync.WaitGroup // connections; Add only under mu and before quit
-	socks  map[net.Listener]struct{}
+	// admitted are the connections that no limit refused: how many are open, how
+	// many there have been, and how many are open from each address.
+	admitted   int
+	accepted   uint64
+	addresses  map[string]int
+	complained time.Time      // when it was last said that one was refused
+	unsaid     int            // refused since
+	open       sync.WaitGroup // connections; Add only under mu and before quit
+	socks      map[net.Listener]struct{}
 }
 
 // New returns a server for o.Chain.
@@ -101,14 +115,23 @@ func New(o Options) *Server {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	return &Server{
-		opts:  o,
-		log:   log,
-		gate:  backend.NewGate(o.Chain.ThreadModel()),
-		quit:  make(chan struct{}),
-		conns: map[uint64]*conn{},
-		socks: map[net.Listener]struct{}{},
+	if o.Limits.BytesPerConnection == 0 {
+		o.Limits.BytesPerConnection = defaultBytesPerConnection
 	}
+	s := &Server{
+		opts:      o,
+		log:       log,
+		gate:      backend.NewGate(o.Chain.ThreadModel()),
+		quit:      make(chan struct{}),
+		conns:     map[uint64]*conn{},
+		addresses: map[string]int{},
+		socks:     map[net.Listener]struct{}{},
+		requests:  newBudget(int64(o.Limits.Requests)),
+		bytes:     newBudget(o.Limits.Bytes),
+	}
+	s.exports.bandwidth = o.Limits.Bandwidth
+	s.limited = o.Limits.Requests > 0 || o.Limits.Bytes > 0 || o.Limits.Bandwidth > 0
+	return s
 }
 
 // Serve accepts connections on l until Shutdown, then returns nil. It closes l.
@@ -163,7 +186,8 @@ func (s *Server) ServeConn(nc net.Conn) {
 	}
 }
 
-// admit makes nc a connection of the server's, or closes it after a shutdown.
+// admit makes nc a connection of the server's. After a shutdown it closes it; one
+// beyond the limits is only there to be told so, if even that.
 func (s *Server) admit(nc net.Conn) *conn {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -173,6 +197,21 @@ func (s *Server) admit(nc net.Conn) *conn {
 	}
 	s.lastID++
 	c := newConn(s, s.lastID, nc)
+	from := address(nc)
+	var reason Reason
+	if reason, c.denied = s.full(from); c.denied != "" {
+		s.failures[reason].Add(1)
+		s.complain(c, from)
+		if len(s.conns)-s.admitted >= maxRefused {
+			nc.Close()
+			return nil
+		}
+	} else {
+		c.address = from
+		s.admitted++
+		s.accepted++
+		s.addresses[from]++
+	}
 	s.conns[c.id] = c
 	s.open.Add(1)
 	return c
@@ -182,6 +221,12 @@ func (s *Server) admit(nc net.Conn) *conn {
 func (s *Server) forget(c *conn) {
 	s.mu.Lock()
 	delete(s.conns, c.id)
+	if c.denied == "" {
+		s.admitted--
+		if s.addresses[c.address]--; s.addresses[c.address] == 0 {
+			delete(s.addresses, c.address)
+		}
+	}
 	s.mu.Unlock()
 	s.open.Done()
 }

@@ -17,12 +17,14 @@ import (
 // Stats is what a server has counted since it was made, and how it stands now.
 type Stats struct {
 	Connections int    // open now
-	Accepted    uint64 // connections so far, without those that a limit refused
+	Accepted    uint64 // connections so far, without those beyond a limit
 	InFlight    int    // requests that the chain is working on
 	Workers     int    // goroutines that make calls besides the connections' own
 	TLSFailures uint64 // handshakes of TLS that failed
 	// Failures counts the connections that did not get through the handshake.
 	Failures [reasons]uint64
+	// Delays is about requests, by the limit that they waited for.
+	Delays [limits]DelayStats
 	// Exports are those that clients have used, by name, and the rest together.
 	Exports []ExportStats
 }
@@ -56,20 +58,23 @@ func (s Stats) sum(of func(*CommandStats) uint64) (n uint64) {
 type Reason int
 
 const (
-	ReasonClient      Reason = iota // the client went away
-	ReasonExport                    // the chain did not open the export
-	ReasonPreconnect                // the chain's .preconnect refused the client
-	ReasonProtocol                  // the client broke the protocol
-	ReasonShutdown                  // the server was stopping
-	ReasonTimeout                   // the client took too long
-	ReasonTLS                       // the TLS handshake failed
-	ReasonTLSRequired               // the client did not want TLS
+	ReasonClient                Reason = iota // the client went away
+	ReasonConnections                         // Limits.Connections
+	ReasonConnectionsPerAddress               // Limits.ConnectionsPerAddress
+	ReasonExport                              // the chain did not open the export
+	ReasonPreconnect                          // the chain's .preconnect refused the client
+	ReasonProtocol                            // the client broke the protocol
+	ReasonShutdown                            // the server was stopping
+	ReasonTimeout                             // the client took too long
+	ReasonTLS                                 // the TLS handshake failed
+	ReasonTLSRequired                         // the client did not want TLS
 	reasons
 )
 
 // String is a word for a label, such as "tls_required".
 func (r Reason) String() string {
-	return [reasons]string{"client", "export", "preconnect", "protocol", "shutdown", "timeout", "tls", "tls_required"}[r]
+	return [reasons]string{"client", "max_connections", "max_connections_per_address", "export", "preconnect",
+		"protocol", "shutdown", "timeout", "tls", "tls_required"}[r]
 }
 
 // ExportStats is about the connections of one export.
@@ -235,19 +240,22 @@ func (c *counters) addTo(sum *counters) {
 	}
 }
 
-// An export is one that clients have open, or one whose name is kept.
+// An export is one that clients have open, or one of those that are kept.
 type export struct {
-	name  string
-	other bool // of several names
-	conns map[*conn]struct{}
-	past  counters // of connections that are gone
+	name          string
+	kept          bool // among the first maxNamedExports
+	conns         map[*conn]struct{}
+	past          counters // of connections that are gone
+	reads, writes bucket
 }
 
 // exports are a server's. Its mutex is never held while anybody waits.
 type exports struct {
-	mu    sync.Mutex
-	named map[string]*export
-	rest  *export // nil as long as there are few names
+	bandwidth int64 // see Limits
+	mu        sync.Mutex
+	named     map[string]*export
+	kept      int
+	rest      counters // of those not kept that are gone
 }
 
 // enter puts c among the connections of the export that it has opened.
@@ -255,19 +263,16 @@ func (x *exports) enter(c *conn, name string) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	e := x.named[name]
-	switch {
-	case e != nil:
-	case len(x.named) < maxNamedExports:
+	if e == nil {
 		if x.named == nil {
 			x.named = map[string]*export{}
 		}
-		e = &export{name: name, conns: map[*conn]struct{}{}}
-		x.named[name] = e
-	default:
-		if x.rest == nil {
-			x.rest = &export{other: true, conns: map[*conn]struct{}{}}
+		e = &export{name: name, conns: map[*conn]struct{}{}, reads: newBucket(x.bandwidth), writes: newBucket(x.bandwidth)}
+		if x.kept < maxNamedExports {
+			e.kept = true
+			x.kept++
 		}
-		e = x.rest
+		x.named[name] = e
 	}
 	e.conns[c] = struct{}{}
 	c.export = e
@@ -277,34 +282,52 @@ func (x *exports) enter(c *conn, name string) {
 func (x *exports) leave(c *conn) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	delete(c.export.conns, c)
-	c.counters.addTo(&c.export.past)
+	e := c.export
+	delete(e.conns, c)
+	c.counters.addTo(&e.past)
+	if !e.kept && len(e.conns) == 0 {
+		e.past.addTo(&x.rest)
+		delete(x.named, e.name)
+	}
 }
 
 // stats adds up what is counted, and tells how many requests are in flight.
 func (x *exports) stats() (list []ExportStats, inFlight int) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	all := slices.SortedFunc(maps.Values(x.named), func(a, b *export) int { return strings.Compare(a.name, b.name) })
-	if x.rest != nil {
-		all = append(all, x.rest)
-	}
-	for _, e := range all {
-		var sum counters
-		e.past.addTo(&sum)
+	other := ExportStats{Other: true}
+	var rest counters
+	x.rest.addTo(&rest)
+	for _, e := range slices.SortedFunc(maps.Values(x.named), func(a, b *export) int { return strings.Compare(a.name, b.name) }) {
+		var own counters
+		sum := &own
+		if !e.kept {
+			sum = &rest
+			other.Connections += len(e.conns)
+		}
+		e.past.addTo(sum)
 		for c := range e.conns {
-			c.counters.addTo(&sum)
+			c.counters.addTo(sum)
 			inFlight += c.inFlight()
 		}
-		s := ExportStats{Name: e.name, Other: e.other, Connections: len(e.conns)}
-		for _, command := range sum.commands {
-			if command != nil {
-				s.Commands = append(s.Commands, *command)
-			}
+		if e.kept {
+			list = append(list, ExportStats{Name: e.name, Connections: len(e.conns), Commands: own.list()})
 		}
-		list = append(list, s)
+	}
+	if other.Commands = rest.list(); len(other.Commands) > 0 || other.Connections > 0 {
+		list = append(list, other)
 	}
 	return list, inFlight
+}
+
+// list returns what is counted, which nobody goes on counting.
+func (c *counters) list() (list []CommandStats) {
+	for _, s := range c.commands {
+		if s != nil {
+			list = append(list, *s)
+		}
+	}
+	return list
 }
 
 // inFlight is how many calls are under way.
@@ -321,12 +344,16 @@ func (c *conn) inFlight() int {
 func (s *Server) Stats() Stats {
 	var st Stats
 	s.mu.Lock()
-	st.Connections, st.Accepted = len(s.conns), s.lastID
+	st.Connections, st.Accepted = s.admitted, s.accepted
 	s.mu.Unlock()
 	st.Workers = int(s.workers.Load())
 	st.TLSFailures = s.tlsFailures.Load()
 	for r := range st.Failures {
 		st.Failures[r] = s.failures[r].Load()
+	}
+	for l := range st.Delays {
+		d := &s.delays[l]
+		st.Delays[l] = DelayStats{d.requests.Load(), time.Duration(d.nanoseconds.Load()).Seconds()}
 	}
 	st.Exports, st.InFlight = s.exports.stats()
 	return st

@@ -26,6 +26,10 @@ type task struct {
 	began   time.Time // of the call; zero where nobody wants to know
 	tally   tally
 
+	// What the request has taken from the limits: requests, and bytes.
+	working int64
+	held    held
+
 	// tail is the error with which a read ends whose range was cut to what the
 	// export has; nil else.
 	tail error
@@ -186,6 +190,15 @@ func (t *task) finish() error {
 	t.count()
 	t.report(cmp.Or(t.err, t.tail))
 	t.call.Request = backend.Request{}
+	if err := t.reply(); err != nil {
+		t.c.giveBack(&t.held)
+		return err
+	}
+	t.out.held.add(&t.held)
+	return nil
+}
+
+func (t *task) reply() error {
 	switch {
 	case t.err != nil:
 		return t.refuse()

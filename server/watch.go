@@ -118,6 +118,7 @@ func (c *conn) takeAway(r *reader, state uint64) {
 	if err == nil && !r.out.empty() {
 		if err = n.out.grow(c.replyHead(), r.out.end-r.out.start); err == nil {
 			n.out.end += copy(n.out.buf.B[n.out.end:], r.out.buf.B[r.out.start:r.out.end])
+			n.out.held.add(&r.out.held)
 		}
 	}
 	if err != nil {

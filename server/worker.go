@@ -12,6 +12,8 @@ type job struct {
 	req     protocol.Request
 	arrived time.Time       // see task
 	tail    error           // see task
+	working int64           // see task
+	held    held            // see task
 	payload *backend.Buffer // of a write; the worker's
 }
 
@@ -54,16 +56,19 @@ func (r *reader) delegate(payload int) error {
 	if payload > 0 {
 		b, err := backend.GetBuffer(payload)
 		if err != nil {
+			r.drop()
 			r.err = err
 			return r.reject(uint64(payload))
 		}
 		if err := r.receiveInto(b.B[:payload]); err != nil {
+			r.drop()
 			b.Release()
 			return err
 		}
 		j.payload = b
 	}
-	j.arrived = r.arrived
+	j.arrived, j.working, j.held = r.arrived, r.working, r.held
+	r.working, r.held = 0, held{}
 	c := r.c
 	select {
 	case c.slots <- struct{}{}:
@@ -117,7 +122,7 @@ func (c *conn) work(j job) {
 
 func (t *task) do(j job) {
 	c := t.c
-	t.req, t.arrived, t.tail = j.req, j.arrived, j.tail
+	t.req, t.arrived, t.tail, t.working, t.held = j.req, j.arrived, j.tail, j.working, j.held
 	if t.err = t.reserve(); t.err == nil {
 		began := time.Now()
 		t.begin()
@@ -130,6 +135,7 @@ func (t *task) do(j job) {
 		c.lane.Unlock()
 		c.learn(time.Since(began), 1, j.req.Length)
 	}
+	t.worked()
 	j.payload.Release()
 	if err := t.finish(); err != nil {
 		c.log.Error("send reply: " + err.Error() + "; closing the connection")

@@ -1,0 +1,345 @@
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/semaphore"
+	"golang.org/x/sys/unix"
+	"golang.org/x/time/rate"
+
+	"nbdhost/protocol"
+)
+
+// Limits bound what clients get. What goes beyond the number of connections is
+// refused; a request that goes beyond another limit waits, and holds up nobody but
+// its own connection. Zero is no limit, unless something else is said.
+type Limits struct {
+	Connections int // open at a time
+	// ConnectionsPerAddress is for each IP address, or machine on a vsock;
+	// clients on Unix sockets have none.
+	ConnectionsPerAddress int
+	Requests              int // that the chain works on at a time
+	// Bytes is how much data the requests of all connections may have under way
+	// until their replies are sent, and BytesPerConnection those of one; 0 stands
+	// for 256 MiB there, less than 0 for no limit. One request is let through
+	// however long it is.
+	Bytes, BytesPerConnection int64
+	// Bandwidth is how many bits of data may be read from each export in a
+	// second, and as many written to it.
+	Bandwidth int64
+}
+
+// A Limit is one that makes requests wait.
+type Limit int
+
+const (
+	LimitBandwidth Limit = iota
+	LimitBytes
+	LimitBytesPerConnection
+	LimitRequests
+	limits
+)
+
+// String is a word for a label, such as "bandwidth".
+func (l Limit) String() string {
+	return [limits]string{"bandwidth", "bytes", "bytes_per_connection", "requests"}[l]
+}
+
+// DelayStats is about the requests that had to wait for a limit.
+type DelayStats struct {
+	Requests uint64 // that have waited, or wait now
+	Seconds  float64
+}
+
+type delays struct{ requests, nanoseconds atomic.Uint64 }
+
+const (
+	defaultBytesPerConnection = 256 << 20
+	// largestBuffer is the most that one request makes the server hold, in
+	// bytes: its payload, its reply, or zeroes for a module that has no .zero.
+	largestBuffer = protocol.MaxRequestLength
+	// burst is for how long a client that was idle may use its bandwidth at once.
+	burst = 100 * time.Millisecond
+	// goneTick is how often a client whose request waits is looked after.
+	goneTick = 50 * time.Millisecond
+	// refusedTime is how long a client has that is refused, to ask and be told why;
+	// and maxRefused how many are told at a time. The others are cut off.
+	refusedTime = time.Second
+	maxRefused  = 16
+)
+
+// A budget is a number of requests or bytes that may be under way. The zero value
+// has no limit.
+type budget struct {
+	sem *semaphore.Weighted
+	max int64
+}
+
+func newBudget(limit int64) budget {
+	if limit <= 0 {
+		return budget{}
+	}
+	return budget{semaphore.NewWeighted(limit), limit}
+}
+
+// cost is what n takes from the budget: never more than there is.
+func (b budget) cost(n int64) int64 {
+	if b.sem == nil {
+		return 0
+	}
+	return min(n, b.max)
+}
+
+func (b budget) giveBack(n int64) {
+	if n > 0 {
+		b.sem.Release(n)
+	}
+}
+
+// A bucket lets so many bytes pass in a second. The nil one lets all pass.
+type bucket struct{ *rate.Limiter }
+
+func newBucket(bitsPerSecond int64) bucket {
+	if bitsPerSecond <= 0 {
+		return bucket{}
+	}
+	bytes := float64(bitsPerSecond) / 8
+	return bucket{rate.NewLimiter(rate.Limit(bytes), max(1, int(bytes*burst.Seconds())))}
+}
+
+// wait takes n bytes, more than a burst in pieces.
+func (b bucket) wait(ctx context.Context, n int) error {
+	for n > 0 {
+		piece := min(n, b.Burst())
+		if err := b.WaitN(ctx, piece); err != nil {
+			return err
+		}
+		n -= piece
+	}
+	return nil
+}
+
+// held is what a request has taken from the budgets of bytes, and gives back when
+// its reply has been sent.
+type held struct{ own, all int64 }
+
+func (h *held) add(other *held) {
+	h.own += other.own
+	h.all += other.all
+	*other = held{}
+}
+
+func (c *conn) giveBack(h *held) {
+	if *h != (held{}) {
+		c.bytes.giveBack(h.own)
+		c.s.bytes.giveBack(h.all)
+		*h = held{}
+	}
+}
+
+// size is how much data the request makes the server hold, in bytes.
+func size(req *protocol.Request) int64 {
+	switch req.Type {
+	case protocol.CmdRead, protocol.CmdWrite, protocol.CmdWriteZeroes, protocol.CmdCache:
+		return int64(min(req.Length, largestBuffer))
+	}
+	return 0
+}
+
+var errGone = errors.New("the client went away while its request waited for a limit")
+
+// limit waits until the limits let r.req pass, which other goroutines will carry out
+// with delegated. What is taken is in r.held and r.working. Small requests that the
+// reader carries out itself, one after the other, do not count as the connection's own
+// bytes. An error ends the connection, unless it is in r.err: then the request is
+// to be refused.
+func (r *reader) limit(delegated bool) error {
+	c, s := r.c, r.c.s
+	n := size(&r.req)
+	own := int64(0)
+	if delegated || n > batchSize {
+		own = c.bytes.cost(n)
+	}
+	if own == 0 && !s.limited {
+		return nil
+	}
+	err := r.take(LimitBytesPerConnection, c.bytes, own)
+	if err == nil {
+		r.held.own = own
+		all := s.bytes.cost(n)
+		if err = r.take(LimitBytes, s.bytes, all); err == nil {
+			r.held.all = all
+			err = r.pass()
+		}
+	}
+	if err == nil {
+		one := s.requests.cost(1)
+		if err = r.take(LimitRequests, s.requests, one); err == nil {
+			r.working = one
+			return nil
+		}
+	}
+	c.giveBack(&r.held)
+	if s.quitting() {
+		r.err = r.stopping()
+		return nil
+	}
+	return err
+}
+
+// take takes n from a budget.
+func (r *reader) take(l Limit, b budget, n int64) error {
+	if n == 0 || b.sem.TryAcquire(n) {
+		return nil
+	}
+	return r.delay(l, func(ctx context.Context) error { return b.sem.Acquire(ctx, n) })
+}
+
+// pass waits for bandwidth.
+func (r *reader) pass() error {
+	var b bucket
+	switch r.req.Type {
+	case protocol.CmdRead:
+		b = r.c.export.reads
+	case protocol.CmdWrite:
+		b = r.c.export.writes
+	}
+	n := int(r.req.Length)
+	if b.Limiter == nil || n == 0 || b.AllowN(time.Now(), n) {
+		return nil
+	}
+	return r.delay(LimitBandwidth, func(ctx context.Context) error { return b.wait(ctx, n) })
+}
+
+// delay runs wait, whose context ends when the client is gone or the server stops.
+func (r *reader) delay(l Limit, wait func(context.Context) error) error {
+	// What is ready to be sent need not wait; and others may wait for what it holds.
+	r.sample()
+	r.send()
+	c := r.c
+	d := &c.s.delays[l]
+	d.requests.Add(1)
+	began := time.Now()
+	defer func() { d.nanoseconds.Add(uint64(time.Since(began))) }()
+	if c.delayed&(1<<l) == 0 {
+		c.delayed |= 1 << l
+		r.call.Debugf("%v waits: the limit of %v is reached (said once for a connection)", r.req.Type, l)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		defer cancel()
+		c.await(ctx)
+	}()
+	err := wait(ctx)
+	cancel()
+	<-ended
+	if err != nil {
+		return errGone
+	}
+	return nil
+}
+
+// await returns when ctx has ended, the client is gone or the server stops.
+func (c *conn) await(ctx context.Context) {
+	tick := time.NewTicker(goneTick)
+	defer tick.Stop()
+	for !c.gone() {
+		select {
+		case <-ctx.Done():
+			return
+		case <-c.s.quit:
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+// gone tells whether the client has closed the connection, or the server has cut it.
+// A client that has only ended its own side counts as well: it should have said
+// NBD_CMD_DISC, and over TCP cannot be told from one that is gone.
+func (c *conn) gone() bool {
+	if status(c.status.Load()) == dead {
+		return true
+	}
+	if c.peer.FD < 0 {
+		return false
+	}
+	p := []unix.PollFd{{Fd: int32(c.peer.FD), Events: unix.POLLRDHUP}}
+	n, err := unix.Poll(p, 0)
+	return err == nil && n > 0
+}
+
+// worked ends the call for which limit let the request pass.
+func (t *task) worked() {
+	if t.working > 0 {
+		t.c.s.requests.giveBack(t.working)
+		t.working = 0
+	}
+}
+
+// drop gives back what a request has taken that will not be carried out.
+func (t *task) drop() {
+	t.worked()
+	t.c.giveBack(&t.held)
+}
+
+// address is what ConnectionsPerAddress goes by; "" for none.
+func address(nc net.Conn) string {
+	host, _, err := net.SplitHostPort(nc.RemoteAddr().String())
+	if err != nil {
+		return ""
+	}
+	return host
+}
+
+// full tells why no connection from address may be added, in ReasonClient's place.
+// s.mu is held.
+func (s *Server) full(address string) (Reason, string) {
+	l := &s.opts.Limits
+	switch {
+	case l.Connections > 0 && s.admitted >= l.Connections:
+		return ReasonConnections, fmt.Sprintf("too many connections: at most %d may be open at a time", l.Connections)
+	case l.ConnectionsPerAddress > 0 && address != "" && s.addresses[address] >= l.ConnectionsPerAddress:
+		return ReasonConnectionsPerAddress, fmt.Sprintf("too many connections from %s: at most %d may be open at a time", address, l.ConnectionsPerAddress)
+	}
+	return ReasonClient, ""
+}
+
+// complain logs that a connection was refused, at most once a second. s.mu is held.
+func (s *Server) complain(c *conn, address string) {
+	s.unsaid++
+	if time.Since(s.complained) < time.Second {
+		return
+	}
+	text := "refuse connection: "
+	if address != "" {
+		text = "refuse connection from " + address + ": "
+	}
+	text += c.denied
+	if s.unsaid > 1 {
+		text += fmt.Sprintf("; %d were refused since this was last said", s.unsaid)
+	}
+	c.log.Error(text)
+	s.complained, s.unsaid = time.Now(), 0
+}
+
+// turnAway lets a client ask for something and tells it why it is refused.
+func (c *conn) turnAway() {
+	if c.s.opts.Oldstyle { // which has no words for it
+		return
+	}
+	_ = c.nc.SetDeadline(time.Now().Add(refusedTime)) // fails only on a closed connection
+	var in input
+	in.init(c)
+	defer in.release()
+	if err := (&negotiation{c: c, in: &in}).negotiate(); err != nil {
+		c.call.Debugf("handshake: %v", err)
+	}
+}
