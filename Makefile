@@ -10,6 +10,7 @@ RUN_PACKAGES  = gcc libc6-dev nbdkit libnbd-bin
 TEST_PACKAGES = $(RUN_PACKAGES) binutils nbdkit-plugin-dev libnbd0 python3-libnbd qemu-utils qemu-system-x86 fio \
 	e2fsprogs dosfstools mtools genisoimage xorriso strace gnutls-bin openssl mmdebstrap \
 	nbdkit-plugin-python nbdkit-plugin-perl nbdkit-plugin-lua nbdkit-plugin-tcl nbdkit-plugin-ruby \
+	nbdkit-plugin-guestfs nbdkit-plugin-libvirt libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients \
 	python3-boto3 g++ lzip mandoc groff zsh fish
 
 .PHONY: all build install uninstall run test lint fuzz fuzz-differential bench clean

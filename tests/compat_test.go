@@ -60,18 +60,23 @@ var findReleases = sync.OnceValues(func() ([]*release, error) {
 		return nil, fmt.Errorf("make trees of other releases: %w", err)
 	}
 	trees := strings.Fields(string(out))
+	if err := makeStandIns(); err != nil {
+		return nil, err
+	}
 	temp := os.TempDir()
 	for i, r := range all {
 		// Programs that make file systems use these for what is the time of day.
 		enter := "export SOURCE_DATE_EPOCH=1000000000 E2FSPROGS_FAKE_TIME=1000000000 HOME=/root PATH=" +
-			filepath.Join(scratch, "bin") + ":$PATH\n"
+			filepath.Join(scratch, "bin") + ":$PATH PYTHONPATH=" + filepath.Join(scratch, "python") + " LIBGUESTFS_PATH=" +
+			filepath.Join(scratch, "appliance") + " LIBGUESTFS_BACKEND=direct LIBGUESTFS_BACKEND_SETTINGS=force_tcg\n"
 		inside := nbdhost
 		if i == 0 {
 			enter += `exec "$@"`
 		} else {
 			r.tree = trees[i-1]
 			mounts := "mkdir -p " + r.tree + temp + " && mount --bind " + temp + " " + r.tree + temp +
-				" && mount --rbind /proc " + r.tree + "/proc && mount --rbind /dev " + r.tree + "/dev"
+				" && mount --rbind /proc " + r.tree + "/proc && mount --rbind /sys " + r.tree +
+				"/sys && mount --rbind /dev " + r.tree + "/dev"
 			if !strings.HasPrefix(nbdhost, temp) {
 				// A program from elsewhere must be seen from inside too.
 				inside = filepath.Join(scratch, filepath.Base(nbdhost)+"-under-test")
@@ -146,10 +151,9 @@ var (
 			"release's own nbdkit. \"dump\": `--dump-plugin` prints the same. \"read\": a copy of the disk has\n" +
 			"the same bytes. \"map\": so has the list of extents. \"write\": written, zeroed, trimmed and flushed,\n" +
 			"with the same result for the client and on the disk. A dash: the release does not have it.\n" +
-			"What runs programs in a language has a table of its own, below. Not served here: torrent, which\n" +
-			"talks to peers and trackers of its own choice, vram, which needs a graphics card, and gcs, which needs\n" +
-			"a Python library that Debian does not have. libvirt, which needs a running domain of a hypervisor,\n" +
-			"and guestfs, which boots a kernel in one, are not installed."}
+			"What runs programs in a language has a table of its own, below. torrent\n" +
+			"downloads from a web seed; libvirt reads the disk of a domain of qemu's; guestfs boots its virtual\n" +
+			"machine without acceleration."}
 	filterTable = &table{title: "Filters", columns: []string{"filter", "bookworm", "trixie", "sid"},
 		text: "Each filter of Debian's packages over one of the release's plugins, with the same result as under\n" +
 			"the release's own nbdkit, for the client and on the disk. \"help, dump\": `--help` and\n" +

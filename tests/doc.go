@@ -40,6 +40,8 @@
 //	                    plugins in each language
 //	compat_plugins_test.go
 //	                    each plugin that Debian ships
+//	compat_services_test.go
+//	                    what those plugins need (appliance.sh makes guestfs's virtual machine)
 //	compat_sessions_test.go
 //	                    whole sessions of real clients
 //	filters_test.go     each filter that Debian ships

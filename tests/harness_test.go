@@ -22,7 +22,7 @@ import (
 )
 
 // patience ends what hangs. Nothing is expected to take so long.
-const patience = 60 * time.Second
+const patience = 3 * time.Minute
 
 // A scenario is something that two servers are asked to do alike.
 type scenario struct {

@@ -151,16 +151,22 @@ func TestKernel(t *testing.T) {
 // made the test is skipped.
 func kernelPackages(t *testing.T) string {
 	t.Helper()
-	cache, err := os.UserCacheDir()
-	if err != nil {
-		t.Skip(err)
-	}
-	cache = filepath.Join(cache, "nbdhost-kernel")
+	cache := kernelCache(t)
 	out, err := exec.Command("./kernel.sh", cache).CombinedOutput()
 	if err != nil {
 		t.Skipf("get the kernel's packages: %v\n%s", err, out)
 	}
 	return filepath.Join(cache, "root")
+}
+
+// kernelCache is where kernel.sh keeps what it has fetched.
+func kernelCache(t *testing.T) string {
+	t.Helper()
+	cache, err := os.UserCacheDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return filepath.Join(cache, "nbdhost-kernel")
 }
 
 // makeRoot puts together what the virtual machine sees, and returns the kernel.

@@ -11,8 +11,10 @@ set -eu
 # the machine's own.
 packages="nbdkit nbdkit-plugin-dev nbdkit-plugin-lua nbdkit-plugin-perl
   nbdkit-plugin-python nbdkit-plugin-tcl libnbd-bin python3-libnbd qemu-utils
+  nbdkit-plugin-guestfs nbdkit-plugin-libvirt
   gcc libc6-dev e2fsprogs xorriso openssh-server"
-packages=$(echo $packages)
+# What does for a graphics card; sid's plugins alone have one that needs it.
+sid="pocl-opencl-icd"
 
 # Snapshots of the mirror may be older than they say they are valid.
 stale='Acquire::Check-Valid-Until "false"; Acquire::Check-Date "false";'
@@ -29,23 +31,30 @@ mirror() {
 
 for release; do
   tree=$cache/$release
+  case $release in
+    sid) wanted=$(echo $packages $sid) ;;
+    *) wanted=$(echo $packages) ;;
+  esac
   if [ ! -d "$tree" ]; then
     rm -rf --one-file-system "$tree.new"
     mmdebstrap --quiet --mode=root --variant=apt --aptopt="$stale" \
       "$release" "$tree.new" "$(mirror)" >&2 9>&-
     mv "$tree.new" "$tree"
   fi
-  if [ "$(cat "$tree/.packages" 2>/dev/null)" != "$packages" ]; then
+  if [ "$(cat "$tree/.packages" 2>/dev/null)" != "$wanted" ]; then
     # Nothing that is installed may start.
     printf '#!/bin/sh\nexit 101\n' >"$tree/usr/sbin/policy-rc.d"
     chmod +x "$tree/usr/sbin/policy-rc.d"
     echo "$stale" >"$tree/etc/apt/apt.conf.d/99stale"
-    {
-      chroot "$tree" apt-get update -qq >/dev/null
-      DEBIAN_FRONTEND=noninteractive chroot "$tree" \
-        apt-get install -y -qq --no-install-recommends $packages >/dev/null
-    } >&2 9>&- </dev/null
-    echo "$packages" >"$tree/.packages"
+    # Some packages look at what /proc has when they are installed. The mounts are
+    # gone with the shell.
+    DEBIAN_FRONTEND=noninteractive unshare --mount sh -ec '
+      mount --rbind /proc "$1/proc"
+      mount --rbind /dev "$1/dev"
+      chroot "$1" apt-get update -qq
+      chroot "$1" apt-get install -y -qq --no-install-recommends $2
+    ' sh "$tree" "$wanted" >"$tree/.log" 2>&1 9>&- </dev/null || { cat "$tree/.log" >&2; exit 1; }
+    echo "$wanted" >"$tree/.packages"
   fi
   echo "$tree"
 done
