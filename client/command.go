@@ -3,6 +3,7 @@ package client
 import (
 	"fmt"
 	"math"
+	"slices"
 
 	"nbdhost/protocol"
 )
@@ -33,28 +34,59 @@ type Completion func(err error) int
 // on. The slice is only valid during the call.
 type ExtentFunc func(context string, offset uint64, runs []protocol.Descriptor)
 
-// command is one command from its issue to its retirement. Its request never
-// changes once issued. The data of a write is the sender's until it is sent,
-// that of a read the receiver's until the reply is whole. The fields from sent
-// on are guarded by Conn.mu.
+// A Chunk is a part of the reply to a read. Without structured replies there is one,
+// of all the data.
+type Chunk struct {
+	// Type is protocol.ReplyOffsetData, protocol.ReplyOffsetHole (which Data has
+	// as zeroes), or that of an error, with neither Data nor, often, an Offset.
+	Type   protocol.ReplyType
+	Offset uint64 // in the export
+	Data   []byte // the part of the read's buffer
+	Err    *Error // of an error
+}
+
+// ChunkFunc is told what a chunk of a read's reply has brought. If it returns an
+// error the command fails with the first such, unless the server reports one; the
+// rest of the reply is received all the same.
+type ChunkFunc func(Chunk) error
+
+// command is one command from its issue to its retirement, after which it is used
+// for another. Its request never changes once issued. The data of a write is the
+// sender's until it is sent, that of a read the receiver's until the reply is whole.
 type command struct {
 	request    protocol.Request
 	data       []byte   // what to write, or where to read to; the caller's
 	asked      uint64   // bytes of the export that a block status is asked about
 	only       []uint32 // the contexts that it is asked about; nil for all
+	chunk      ChunkFunc
 	extents    ExtentFunc
 	completion Completion
 
 	// The reply as it comes in; the receiver's.
 	failure  *Error // the first error chunk
+	refusal  error  // the first error of chunk
 	parts    []part // of data that have come
 	received uint64 // the sum of parts
-	statuses map[uint32]bool
+	statuses []uint32
 
+	gone bool // the receiver must not use what came with it; guarded by Conn.use
+
+	// Guarded by Conn.mu.
+	queued    bool // in Conn.queue
 	sent      bool // the sender needs data no more; true at once of all but writes
-	replied   bool // the reply is complete, result says how
+	replied   bool // the reply is complete, or will never be
+	claimed   bool // somebody runs the completion, or did
 	completed bool // the completion has returned
+	retired   bool // nobody may ask for the cookie any more
 	result    error
+}
+
+// claim tells whether it is the caller who completes the command. The caller holds
+// Conn.mu.
+func (cmd *command) claim() bool {
+	was := cmd.claimed
+	cmd.claimed = true
+	return !was
 }
 
 // part is a range of a read's buffer.
@@ -62,38 +94,44 @@ type part struct{ start, end uint64 }
 
 // AioPread reads len(p) bytes at off into p.
 func (c *Conn) AioPread(p []byte, off uint64, flags protocol.CommandFlags, completion Completion) (uint64, error) {
-	return c.issue(&command{request: protocol.Request{Type: protocol.CmdRead, Flags: flags, Offset: off, Length: uint64(len(p))}, data: p, completion: completion})
+	return c.issue(command{request: protocol.Request{Type: protocol.CmdRead, Flags: flags, Offset: off, Length: uint64(len(p))}, data: p, completion: completion})
+}
+
+// AioPreadStructured is AioPread that tells chunk, in the order in which they come,
+// what each part of the reply has brought, before the completion.
+func (c *Conn) AioPreadStructured(p []byte, off uint64, flags protocol.CommandFlags, chunk ChunkFunc, completion Completion) (uint64, error) {
+	return c.issue(command{request: protocol.Request{Type: protocol.CmdRead, Flags: flags, Offset: off, Length: uint64(len(p))}, data: p, chunk: chunk, completion: completion})
 }
 
 // AioPwrite writes p at off.
 func (c *Conn) AioPwrite(p []byte, off uint64, flags protocol.CommandFlags, completion Completion) (uint64, error) {
-	return c.issue(&command{request: protocol.Request{Type: protocol.CmdWrite, Flags: flags, Offset: off, Length: uint64(len(p))}, data: p, completion: completion})
+	return c.issue(command{request: protocol.Request{Type: protocol.CmdWrite, Flags: flags, Offset: off, Length: uint64(len(p))}, data: p, completion: completion})
 }
 
 // AioFlush makes what was written and answered durable.
 func (c *Conn) AioFlush(flags protocol.CommandFlags, completion Completion) (uint64, error) {
-	return c.issue(&command{request: protocol.Request{Type: protocol.CmdFlush, Flags: flags}, completion: completion})
+	return c.issue(command{request: protocol.Request{Type: protocol.CmdFlush, Flags: flags}, completion: completion})
 }
 
 // AioTrim discards count bytes at off.
 func (c *Conn) AioTrim(count, off uint64, flags protocol.CommandFlags, completion Completion) (uint64, error) {
-	return c.issue(&command{request: protocol.Request{Type: protocol.CmdTrim, Flags: flags, Offset: off, Length: count}, completion: completion})
+	return c.issue(command{request: protocol.Request{Type: protocol.CmdTrim, Flags: flags, Offset: off, Length: count}, completion: completion})
 }
 
 // AioZero writes count zeroes at off.
 func (c *Conn) AioZero(count, off uint64, flags protocol.CommandFlags, completion Completion) (uint64, error) {
-	return c.issue(&command{request: protocol.Request{Type: protocol.CmdWriteZeroes, Flags: flags, Offset: off, Length: count}, completion: completion})
+	return c.issue(command{request: protocol.Request{Type: protocol.CmdWriteZeroes, Flags: flags, Offset: off, Length: count}, completion: completion})
 }
 
 // AioCache prefetches count bytes at off into the server's cache.
 func (c *Conn) AioCache(count, off uint64, flags protocol.CommandFlags, completion Completion) (uint64, error) {
-	return c.issue(&command{request: protocol.Request{Type: protocol.CmdCache, Flags: flags, Offset: off, Length: count}, completion: completion})
+	return c.issue(command{request: protocol.Request{Type: protocol.CmdCache, Flags: flags, Offset: off, Length: count}, completion: completion})
 }
 
 // AioBlockStatus asks what the selected meta contexts say of count bytes at
 // off. extents is called once for each, before the completion.
 func (c *Conn) AioBlockStatus(count, off uint64, flags protocol.CommandFlags, extents ExtentFunc, completion Completion) (uint64, error) {
-	return c.issue(&command{request: protocol.Request{Type: protocol.CmdBlockStatus, Flags: flags, Offset: off, Length: count}, extents: extents, completion: completion})
+	return c.issue(command{request: protocol.Request{Type: protocol.CmdBlockStatus, Flags: flags, Offset: off, Length: count}, extents: extents, completion: completion})
 }
 
 // AioBlockStatusOf is AioBlockStatus for some of the selected meta contexts only.
@@ -111,7 +149,7 @@ func (c *Conn) AioBlockStatusOf(contexts []string, count, off uint64, flags prot
 		}
 		q.ContextIDs = append(q.ContextIDs, id)
 	}
-	return c.issue(&command{
+	return c.issue(command{
 		request:    protocol.Request{Type: protocol.CmdBlockStatus, Flags: flags | protocol.CmdFlagPayloadLen, Offset: off, Length: uint64(q.WireSize())},
 		data:       q.AppendTo(nil),
 		asked:      count,
@@ -127,20 +165,117 @@ func (c *Conn) AioBlockStatusOf(contexts []string, count, off uint64, flags prot
 func (c *Conn) AioCommandCompleted(cookie uint64) (bool, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	cmd, ok := c.commands[cookie]
-	if !ok {
+	cmd := c.find(cookie)
+	if cmd == nil || cmd.retired {
 		return false, fmt.Errorf("look up command: got cookie %d, which no command has or which is retired", cookie)
 	}
 	if !cmd.completed {
 		return false, nil
 	}
-	delete(c.commands, cookie)
-	return true, cmd.result
+	result := cmd.result
+	cmd.retired = true
+	c.release(cmd)
+	return true, result
+}
+
+// AioCancel completes a command with cause, unless it has completed already or is
+// about to, and then returns false. The completion runs within AioCancel, and after
+// it the command's buffer and functions are the caller's again. What the server has
+// read of the command it executes nevertheless, and its reply is dropped when it
+// comes; a command that was not yet sent never is. AioCancel must not be called from
+// the command's own ChunkFunc or ExtentFunc.
+func (c *Conn) AioCancel(cookie uint64, cause error) bool {
+	c.mu.Lock()
+	cmd := c.find(cookie)
+	if cmd == nil || !cmd.claim() {
+		c.mu.Unlock()
+		return false
+	}
+	cmd.result = cause
+	c.completing++
+	if cmd.queued {
+		c.unqueue(cmd)
+		cmd.sent = true
+		c.answered(cmd)
+		c.settled()
+	}
+	c.mu.Unlock()
+
+	c.use.Lock()
+	cmd.gone = true
+	c.use.Unlock()
+	c.out.use.Lock()
+	if c.out.owner == cmd {
+		c.out.tail = slices.Clone(c.out.tail)
+	}
+	c.out.use.Unlock()
+
+	c.complete(cmd, cause)
+	c.elsewhere()
+	return true
+}
+
+// elsewhere counts a completion off that ran elsewhere than on the receiver.
+func (c *Conn) elsewhere() {
+	c.mu.Lock()
+	c.completing--
+	c.quiet.Broadcast()
+	c.mu.Unlock()
+}
+
+// find looks a cookie up. The caller holds mu.
+func (c *Conn) find(cookie uint64) *command {
+	if cmd := c.slots[cookie&uint64(len(c.slots)-1)]; cmd != nil && cmd.request.Cookie == cookie {
+		return cmd
+	}
+	return nil
+}
+
+// insert gives a command a cookie and a slot. Numbers whose slot is taken, by a
+// command that takes long, are passed over. The caller holds mu.
+func (c *Conn) insert(cmd *command) {
+	if 2*c.used >= len(c.slots) {
+		old := c.slots
+		c.slots = make([]*command, 2*len(old))
+		for _, other := range old {
+			if other != nil {
+				c.slots[other.request.Cookie&uint64(len(c.slots)-1)] = other
+			}
+		}
+	}
+	for {
+		c.cookie++
+		if slot := &c.slots[c.cookie&uint64(len(c.slots)-1)]; *slot == nil {
+			*slot = cmd
+			break
+		}
+	}
+	c.used++
+	cmd.request.Cookie = c.cookie
+}
+
+// release frees the slot of a command that nobody asks for any more, in either
+// direction. The caller holds mu.
+func (c *Conn) release(cmd *command) {
+	if cmd.completed && cmd.retired && cmd.replied && cmd.sent {
+		c.slots[cmd.request.Cookie&uint64(len(c.slots)-1)] = nil
+		c.used--
+		c.idle = append(c.idle, cmd)
+	}
+}
+
+// answered notes that no reply to the command will come any more. The caller holds
+// mu.
+func (c *Conn) answered(cmd *command) {
+	cmd.replied = true
+	c.pending--
+	c.owed -= c.wireSize(&cmd.request)
+	c.due -= replySize(&cmd.request)
 }
 
 // issue queues a command. If it fails nothing was issued, and the completion is
 // never called.
-func (c *Conn) issue(cmd *command) (uint64, error) {
+func (c *Conn) issue(cmd command) (uint64, error) {
 	if cmd.request.Type == protocol.CmdWrite && c.extended {
 		cmd.request.Flags |= protocol.CmdFlagPayloadLen
 	}
@@ -150,57 +285,72 @@ func (c *Conn) issue(cmd *command) (uint64, error) {
 	if !c.extended && cmd.request.Length > math.MaxUint32 {
 		return 0, fmt.Errorf("issue %v: got length %d, need at most %d without extended headers; split the command", cmd.request.Type, cmd.request.Length, uint32(math.MaxUint32))
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.err != nil {
-		return 0, fmt.Errorf("issue %v: %w", cmd.request.Type, c.err)
-	}
-	if c.leaving {
-		return 0, fmt.Errorf("issue %v: disconnect was called: %w", cmd.request.Type, ErrDisconnected)
-	}
-	if err := c.strict.refuse(c, cmd); err != nil {
+	if err := c.strict.refuse(c, &cmd); err != nil {
 		return 0, err
 	}
-	c.cookie++
-	cmd.request.Cookie = c.cookie
 	cmd.sent = cmd.request.PayloadLength(c.extended) == 0
-	c.commands[c.cookie] = cmd
-	c.enqueue(cmd)
-	return c.cookie, nil
-}
+	cmd.queued = true
 
-// enqueue hands a command to the sender. The caller holds mu.
-func (c *Conn) enqueue(cmd *command) {
-	c.queue = append(c.queue, cmd)
-	select {
-	case c.wake <- struct{}{}:
-	default: // it is awake
+	c.mu.Lock()
+	if err := c.err; err != nil || c.leaving {
+		c.mu.Unlock()
+		if err == nil {
+			err = fmt.Errorf("disconnect was called: %w", ErrDisconnected)
+		}
+		return 0, fmt.Errorf("issue %v: %w", cmd.request.Type, err)
 	}
+	var p *command
+	if n := len(c.idle); n > 0 {
+		p, c.idle = c.idle[n-1], c.idle[:n-1]
+		cmd.parts, cmd.statuses = p.parts[:0], p.statuses[:0]
+	} else {
+		p = new(command)
+	}
+	*p = cmd
+	c.insert(p)
+	cookie := p.request.Cookie
+	c.pending++
+	c.owed += c.wireSize(&p.request)
+	c.due += replySize(&p.request)
+	c.enqueue(p)
+	c.kick()
+	return cookie, nil
 }
 
 // reply completes a command once its reply is whole and its data is sent,
 // whichever comes last: a server may refuse a write before it has read it.
 func (c *Conn) reply(cmd *command, result error) {
 	c.mu.Lock()
-	cmd.replied, cmd.result = true, result
-	sent := cmd.sent
+	if !cmd.claimed {
+		cmd.result = result
+	}
+	mine := cmd.sent && cmd.claim()
+	c.answered(cmd)
+	if !mine {
+		c.release(cmd)
+	}
+	if c.leaving {
+		c.settled()
+	}
 	c.mu.Unlock()
-	if sent {
+	if mine {
 		c.complete(cmd, result)
 	}
 }
 
-// complete calls the completion and retires the command if that says so.
+// complete calls the completion and retires the command if that says so. Only who
+// has claimed the command calls it.
 func (c *Conn) complete(cmd *command, result error) {
 	retire := 0
 	if cmd.completion != nil {
 		retire = cmd.completion(result)
 	}
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	cmd.completed, cmd.result = true, result
-	cmd.data, cmd.completion, cmd.extents, cmd.parts = nil, nil, nil, nil
+	cmd.completed = true
+	cmd.data, cmd.completion, cmd.extents, cmd.chunk = nil, nil, nil, nil
 	if retire == 1 {
-		delete(c.commands, cmd.request.Cookie)
+		cmd.retired = true
+		c.release(cmd)
 	}
+	c.mu.Unlock()
 }

@@ -1,11 +1,11 @@
 package client
 
 import (
+	"cmp"
 	"context"
-	"errors"
 	"fmt"
-	"io"
 	"net"
+	"slices"
 	"sync"
 	"syscall"
 
@@ -36,6 +36,10 @@ type Options struct {
 	Strict Strict
 	// Decline are handshake flags to do without although the server has them.
 	Decline protocol.HandshakeFlags
+	// Blocking has replies awaited in the kernel by a thread of the connection's own,
+	// instead of in Go's poller: a reply is there some microseconds earlier, and
+	// costs less. It is for few connections at a time, and has no effect under TLS.
+	Blocking bool
 	// TLS does the client's side of a TLS handshake with the server of an nbds
 	// URI, within ctx: nbdtls.Client, for example. Without it such URIs fail.
 	TLS func(ctx context.Context, nc net.Conn, uri *protocol.URI) (net.Conn, error)
@@ -55,25 +59,41 @@ type Export struct {
 // Conn is a connection in the transmission phase. See the package's
 // documentation for what may be called when.
 type Conn struct {
-	nc         net.Conn
-	in         io.Reader // nc, buffered
+	// Calls are the commands that wait for their reply, without a limit.
+	Calls
+
+	link       *link
+	in         *receiver
+	out        outbox
+	drainFunc  func() // drain
 	export     Export
 	structured bool
 	extended   bool
 	contexts   map[uint32]string // meta contexts by their number
 	strict     Strict
 
-	wake    chan struct{} // tells the sender that the queue has grown; holds one
-	broken  chan struct{} // closed with err set: the sender must end
-	ended   chan struct{} // closed when both goroutines have ended and all is completed
-	running sync.WaitGroup
+	drained chan struct{} // closed when NBD_CMD_DISC has left and nothing is in flight
+	ended   chan struct{} // closed when all is completed and nothing of ours runs
 
-	mu       sync.Mutex // guards what follows; never held while a completion runs
-	cookie   uint64     // the last one given out
-	commands map[uint64]*command
-	queue    []*command // issued, not yet sent
-	leaving  bool       // Disconnect was called: no new commands
-	err      error      // why the connection ended
+	// use is held while the receiver uses what came with a command: its buffer and
+	// its functions. It is taken before mu.
+	use sync.Mutex
+
+	mu         sync.Mutex // guards what follows; never held while a completion runs
+	quiet      sync.Cond  // sending or completing has fallen
+	cookie     uint64     // the last one given out
+	slots      []*command // by cookie modulo their number, a power of two
+	used       int        // slots that are not nil
+	idle       []*command // retired, for use again
+	queue      []*command // issued, not yet in the outbox
+	pending    int        // commands without a complete reply
+	owed       uint64     // bytes of their requests
+	due        uint64     // bytes of their replies, at most
+	awake      bool       // the receiver will send what is queued
+	sending    bool       // somebody owns the outbox
+	completing int        // completions that run elsewhere than on the receiver
+	leaving    bool       // Disconnect was called: no new commands
+	err        error      // why the connection ended
 }
 
 // Dial connects to the server and export that an NBD URI names, and negotiates.
@@ -121,25 +141,34 @@ func New(ctx context.Context, nc net.Conn, opts *Options) (*Conn, error) {
 		h.nc.Close()
 		return nil, err
 	}
+	return h.conn()
+}
+
+// conn goes on from a handshake that has ended.
+func (h *handshake) conn() (*Conn, error) {
+	l, err := newLink(h.socket, h.nc, h.opts.Blocking)
+	if err != nil {
+		h.nc.Close()
+		return nil, err
+	}
 	c := &Conn{
-		nc:         h.nc,
-		in:         h.in,
+		link:       l,
 		export:     h.export,
 		structured: h.structured,
 		extended:   h.extended,
 		contexts:   h.contexts,
-		wake:       make(chan struct{}, 1),
-		broken:     make(chan struct{}),
+		strict:     h.opts.Strict,
+		drained:    make(chan struct{}),
 		ended:      make(chan struct{}),
-		commands:   make(map[uint64]*command),
+		slots:      make([]*command, 16),
 	}
-	if opts != nil {
-		c.strict = opts.Strict
-	}
-	c.running.Add(2)
-	go c.send()
+	c.Calls = Calls{c, context.Background()}
+	c.drainFunc = c.drain
+	c.quiet.L = &c.mu
+	c.out.init()
+	early, _ := h.in.Peek(h.in.Buffered())
+	c.in = newReceiver(c, early)
 	go c.receive()
-	go c.finish()
 	return c, nil
 }
 
@@ -221,26 +250,6 @@ func (c *Conn) contextID(name string) (uint32, bool) {
 	return 0, false
 }
 
-// Disconnect sends NBD_CMD_DISC after what is queued, and waits until the
-// server has answered what is in flight and closed the connection. It returns
-// an error if the connection ended in another way. No command can be issued
-// any more.
-func (c *Conn) Disconnect() error {
-	c.mu.Lock()
-	if c.err == nil && !c.leaving {
-		c.leaving = true
-		c.enqueue(&command{request: protocol.Request{Type: protocol.CmdDisc}})
-	}
-	c.mu.Unlock()
-	<-c.ended
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if errors.Is(c.err, errGone) {
-		return nil
-	}
-	return c.err
-}
-
 // errGone: the server closed the connection where it should, after NBD_CMD_DISC.
 var errGone = fmt.Errorf("%w, as asked", ErrDisconnected)
 
@@ -258,34 +267,60 @@ func (c *Conn) Done() <-chan struct{} { return c.ended }
 // fail ends the connection for the first reason given.
 func (c *Conn) fail(err error) {
 	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.err != nil {
-		return
+	if c.err == nil {
+		c.err = err
 	}
-	c.err = err
-	close(c.broken)
-	c.nc.Close()
+	c.mu.Unlock()
+	c.link.close()
 }
 
-// finish completes what is left when neither goroutine can touch it any more.
+// settled tells Disconnect when nothing is left to wait for. The caller holds mu.
+func (c *Conn) settled() {
+	if c.leaving && c.pending == 0 && len(c.queue) == 0 && !c.sending {
+		select {
+		case <-c.drained:
+		default:
+			close(c.drained)
+		}
+	}
+}
+
+// finish completes what is left, when the receiver has ended.
 func (c *Conn) finish() {
-	c.running.Wait()
 	c.mu.Lock()
-	err := c.err
-	left := make([]*command, 0, len(c.commands))
-	for _, cmd := range c.commands {
-		if !cmd.completed {
-			left = append(left, cmd)
-		}
+	for c.sending {
+		c.quiet.Wait()
 	}
+	c.sending = true // nobody sends any more
 	c.queue = nil
-	c.mu.Unlock()
-	for _, cmd := range left {
-		result := cmd.result // if the server answered before it had read all
-		if !cmd.replied {
-			result = fmt.Errorf("%v: %w", cmd.request.Type, err)
+	var left []*command
+	for _, cmd := range c.slots {
+		if cmd == nil {
+			continue
 		}
-		c.complete(cmd, result)
+		if !cmd.replied {
+			cmd.replied = true
+			if !cmd.claimed {
+				cmd.result = fmt.Errorf("%v: %w", cmd.request.Type, c.err)
+			}
+		}
+		cmd.sent = true
+		if cmd.claim() {
+			left = append(left, cmd)
+		} else {
+			c.release(cmd)
+		}
 	}
+	c.mu.Unlock()
+	slices.SortFunc(left, func(a, b *command) int { return cmp.Compare(a.request.Cookie, b.request.Cookie) })
+	for _, cmd := range left {
+		c.complete(cmd, cmd.result)
+	}
+	c.mu.Lock()
+	for c.completing > 0 {
+		c.quiet.Wait()
+	}
+	c.mu.Unlock()
+	c.link.free()
 	close(c.ended)
 }

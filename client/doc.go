@@ -8,21 +8,38 @@
 // once: a number of at least 1, never given out twice by one Conn. Later its
 // completion function is called, exactly once, whatever happens. A completion
 // that returns 1 retires the command; any other command stays known until
-// AioCommandCompleted has told its result. Pread, Pwrite and the others issue
-// a command and wait for it.
+// AioCommandCompleted has told its result. AioCancel completes a command before its
+// reply is there. Pread, Pwrite and the others issue a command and wait for it; With
+// gives them a context.
 //
-// Any number of goroutines may use a Conn. It has two of its own: one sends,
-// and writes all requests that are queued at the time in one go; one receives.
-// Completions run on those two, so one that blocks holds up the connection,
-// and one that waits for another command never returns; issuing commands from
-// a completion is fine. A buffer that was handed to a command belongs to the
-// Conn until the completion is called.
+// # Goroutines
+//
+// Any number of goroutines may use a Conn. It has one of its own, which receives. It
+// takes what the socket holds, goes through all replies in it, and calls their
+// completions. The requests that these issue leave in one write when nothing more is
+// in hand. A request that is issued elsewhere leaves at once if nothing else is in
+// flight; otherwise a second goroutine collects what is issued meanwhile and sends
+// it in one write. That one also sends what the socket has no room for, so that
+// issuing never waits, and ends when it has nothing left to do.
+//
+// A completion that blocks holds up the connection, and one that waits for another
+// command never returns; issuing commands from a completion is fine. Completions run
+// on the receiving goroutine, one after the other, but for two kinds: that of a
+// command that AioCancel cancels, which runs there, and that of a write that the
+// server refused before all of it was sent.
+//
+// A buffer that was handed to a command belongs to the Conn until the completion is
+// called. The data of large reads and writes goes between it and the kernel without
+// a copy. Issuing and completing a command allocates nothing if its completion does
+// not.
+//
+// # Protocol
 //
 // Extended headers are asked for first, then structured replies; with the former
 // commands that carry no data may have 64 bits of length.
 //
 // When the connection is lost, every command in flight completes with an error
-// that wraps ErrDisconnected, after both goroutines have let go of all buffers.
+// that wraps ErrDisconnected, after all buffers have been let go.
 //
 // Unless Options.Strict says so the client does not hold a command against the
 // export's size or flags: that is the server's to refuse, and tests want to see

@@ -28,7 +28,8 @@ func (e *OptionError) Error() string {
 
 // handshake is a connection before the transmission phase.
 type handshake struct {
-	nc         net.Conn
+	socket     net.Conn // what it began on
+	nc         net.Conn // socket, or TLS over it
 	in         *bufio.Reader
 	opts       Options
 	noZeroes   bool
@@ -41,7 +42,7 @@ type handshake struct {
 
 // shake does the greeting and then what is asked, within ctx.
 func shake(ctx context.Context, nc net.Conn, opts *Options, then func(*handshake) error) (*handshake, error) {
-	h := &handshake{nc: nc, in: bufio.NewReaderSize(nc, 64<<10)}
+	h := &handshake{socket: nc, nc: nc, in: bufio.NewReader(nc)}
 	if opts != nil {
 		h.opts = *opts
 	}

@@ -162,7 +162,7 @@ func TestRead(t *testing.T) {
 			}
 			defer c.Close()
 			p := make([]byte, 6)
-			err = wait(func(f Completion) (uint64, error) { return c.AioPread(p, 100, test.flags, f) })
+			err = c.wait(func(f Completion) (uint64, error) { return c.AioPread(p, 100, test.flags, f) })
 			if test.says != "" {
 				if err == nil || !strings.Contains(err.Error(), test.says) {
 					t.Errorf("got %v, need it to say %q", err, test.says)

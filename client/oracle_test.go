@@ -12,10 +12,8 @@ import (
 
 // roundTrip issues any request whatsoever and gives the error of its reply.
 func (c *Conn) roundTrip(r protocol.Request, data []byte) (protocol.Errno, error) {
-	cmd := &command{request: r, data: data}
-	err := wait(func(done Completion) (uint64, error) {
-		cmd.completion = done
-		return c.issue(cmd)
+	err := c.wait(func(done Completion) (uint64, error) {
+		return c.issue(command{request: r, data: data, completion: done})
 	})
 	var refused *Error
 	if errors.As(err, &refused) {

@@ -37,6 +37,16 @@ var strictFlags = map[protocol.Command]protocol.CommandFlags{
 	protocol.CmdBlockStatus: protocol.CmdFlagReqOne | protocol.CmdFlagPayloadLen,
 }
 
+// flagNeeds are what an export must have advertised for a flag.
+var flagNeeds = []struct {
+	flag  protocol.CommandFlags
+	needs protocol.ExportFlags
+}{
+	{protocol.CmdFlagFUA, protocol.FlagSendFUA},
+	{protocol.CmdFlagDF, protocol.FlagSendDF},
+	{protocol.CmdFlagFastZero, protocol.FlagSendFastZero},
+}
+
 // refuse says why a command must not be sent. The error wraps a syscall.Errno.
 func (s Strict) refuse(c *Conn, cmd *command) error {
 	r, e := &cmd.request, &c.export
@@ -54,12 +64,9 @@ func (s Strict) refuse(c *Conn, cmd *command) error {
 	}
 	if s&StrictCommands != 0 {
 		needs := spec.Needs
-		for flag, need := range map[protocol.CommandFlags]protocol.ExportFlags{
-			protocol.CmdFlagFUA: protocol.FlagSendFUA, protocol.CmdFlagDF: protocol.FlagSendDF,
-			protocol.CmdFlagFastZero: protocol.FlagSendFastZero,
-		} {
-			if r.Flags&flag != 0 {
-				needs |= need
+		for _, n := range flagNeeds {
+			if r.Flags&n.flag != 0 {
+				needs |= n.needs
 			}
 		}
 		switch {

@@ -46,7 +46,7 @@ func TestStrict(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			for _, strict := range []Strict{0, tt.by, StrictAll, StrictAll &^ tt.by} {
 				c := &Conn{strict: strict, export: Export{Size: scriptSize, Flags: tt.flags, BlockSize: protocol.BlockSizeInfo{Minimum: 512}},
-					wake: make(chan struct{}, 1), commands: map[uint64]*command{}}
+					slots: make([]*command, 16), awake: true}
 				cookie, err := tt.issue(c)
 				if strict&tt.by == 0 {
 					if cookie != 1 || err != nil || len(c.queue) != 1 {

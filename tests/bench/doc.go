@@ -27,7 +27,7 @@
 //	single.go   figures that are no rows: start, memory, idle connections
 //	report.go   tables; the part of docs/performance.md between its marks
 //	plot.go     plots
-//	load.c      the load generator
+//	load.go     the load generator, on package client
 //	floor.c     the floor
 //	slow.c      a plugin whose calls take a millisecond
 //

@@ -18,12 +18,13 @@ import (
 	"github.com/spf13/pflag"
 )
 
-//go:embed floor.c load.c slow.c
+//go:embed floor.c slow.c
 var sources embed.FS
 
 // bench is one run of the program.
 type bench struct {
 	nbdhost string // the program
+	self    string // this one
 	dir     string // for sockets, compiled programs and data; removed at the end
 	rounds  int
 	seconds float64 // of one measurement
@@ -38,6 +39,9 @@ type bench struct {
 }
 
 func main() {
+	if len(os.Args) > 1 && os.Args[1] == "load" {
+		runLoad()
+	}
 	// What is started with a parent death signal must not outlive the thread
 	// that started it.
 	runtime.LockOSThread()
@@ -86,6 +90,9 @@ func run(args []string, stdout, stderr io.Writer) (err error) {
 		b.progress = stderr
 	}
 	if b.nbdhost, err = filepath.Abs(b.nbdhost); err != nil {
+		return err
+	}
+	if b.self, err = os.Executable(); err != nil {
 		return err
 	}
 	if b.dir, err = os.MkdirTemp("", "nbdhost-bench-"); err != nil {
@@ -149,10 +156,9 @@ func (b *bench) clear() { fmt.Fprint(b.progress, "\r\x1b[K") }
 
 func (b *bench) path(name string) string { return filepath.Join(b.dir, name) }
 
-// compile makes load, floor and slow.so.
+// compile makes floor and slow.so.
 func (b *bench) compile() error {
 	for name, options := range map[string][]string{
-		"load.c":  {"-O2", "-pthread"},
 		"floor.c": {"-O2"},
 		"slow.c":  {"-O2", "-fPIC", "-shared"},
 	} {

@@ -189,7 +189,7 @@ func (b *bench) hogs() (stop func(), err error) {
 		}
 	}
 	for range runtime.NumCPU() {
-		c := exec.Command(b.path("load"), "mode=hog")
+		c := exec.Command(b.self, "load", "mode=hog")
 		c.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 		if err := c.Start(); err != nil {
 			stop()

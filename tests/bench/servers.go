@@ -13,8 +13,6 @@ import (
 	"strings"
 	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 const (
@@ -99,7 +97,11 @@ func (b *bench) arguments(s *server, r row) (program string, args []string) {
 		if r.client == "load" && r.conns == 1 {
 			single = 1
 		}
-		return b.path("floor"), append(s.clientArgs(), fmt.Sprintf("size=%d", b.size(r)), fmt.Sprintf("single=%d", single))
+		where := "socket=" + s.socket
+		if s.socket == "" {
+			where = fmt.Sprintf("port=%d", s.port)
+		}
+		return b.path("floor"), []string{where, fmt.Sprintf("size=%d", b.size(r)), fmt.Sprintf("single=%d", single)}
 	case "qemu-nbd":
 		args = []string{"-f", "raw", "-t", "-e", "64", "-x", ""}
 		if s.socket != "" {
@@ -179,14 +181,6 @@ func (s *server) uri() string {
 	return fmt.Sprintf("nbd://127.0.0.1:%d/", s.port)
 }
 
-// clientArgs tell load and floor where the server is.
-func (s *server) clientArgs() []string {
-	if s.socket != "" {
-		return []string{"socket=" + s.socket}
-	}
-	return []string{fmt.Sprintf("port=%d", s.port)}
-}
-
 // stop ends the server and waits for it.
 func (s *server) stop() {
 	s.cmd.Process.Signal(syscall.SIGTERM)
@@ -200,13 +194,11 @@ func (s *server) stop() {
 
 // cpu is the processor time that the server has used so far.
 func (s *server) cpu() (time.Duration, error) {
-	// The clock of a whole process, see clock_getcpuclockid(3).
-	clock := ^int32(s.cmd.Process.Pid)<<3 | 2
-	var t unix.Timespec
-	if err := unix.ClockGettime(clock, &t); err != nil {
+	t, err := processClock(s.cmd.Process.Pid)
+	if err != nil {
 		return 0, fmt.Errorf("read clock of %s: %w", s.kind, err)
 	}
-	return time.Duration(t.Nano()), nil
+	return time.Duration(t), nil
 }
 
 // memory is a figure of /proc/PID/status in bytes: VmRSS, or VmHWM, its peak.
@@ -233,7 +225,7 @@ func (s *server) forgetPeak() error {
 func (b *bench) load(ctx context.Context, s *server, args ...string) (map[string]float64, error) {
 	ctx, cancel := context.WithTimeout(ctx, patience+time.Duration(b.seconds*float64(time.Second)))
 	defer cancel()
-	cmd := exec.CommandContext(ctx, b.path("load"), append(s.clientArgs(), args...)...)
+	cmd := exec.CommandContext(ctx, b.self, append([]string{"load", "uri=" + s.uri()}, args...)...)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()

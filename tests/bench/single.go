@@ -4,13 +4,13 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math"
 	"os/exec"
+	"strings"
 	"syscall"
-
-	"golang.org/x/sys/unix"
 )
 
 // A single is a figure that is no row: it has another unit, or another shape.
@@ -111,32 +111,59 @@ func (f *figure) met() bool {
 }
 
 // firstReply is the time from the start of a server to its first answer to a read.
+// The command of --run says where the server is, and this program asks: the start of
+// a client is no part of it.
 func (b *bench) firstReply(ctx context.Context, kind string) ([]float64, error) {
 	program := "/usr/bin/nbdkit"
 	if kind == "nbdhost" {
 		program = b.nbdhost
 	}
-	cmd := exec.CommandContext(ctx, program, append([]string{"-U", "-"}, append(b.pluginArgs(base), "--run", b.path("load")+" mode=once socket=$unixsocket")...)...)
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, program, append([]string{"-U", "-"}, append(b.pluginArgs(base), "--run", `echo "$uri"; cat`)...)...)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
-	var t unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &t); err != nil {
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
 		return nil, err
 	}
-	out, err := cmd.Output()
+	stdout, err := cmd.StdoutPipe()
 	if err != nil {
+		return nil, err
+	}
+	began := clock()
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	answered, err := answer(ctx, stdout)
+	stdin.Close()
+	if err = errors.Join(err, cmd.Wait()); err != nil {
 		return nil, fmt.Errorf("run %s: %w: %s", kind, err, lastLine(stderr.String()))
 	}
-	v, err := parse(string(out))
+	return []float64{float64(answered-began) / 1e6}, nil
+}
+
+// answer is when the server whose URI is read from r has answered a read.
+func answer(ctx context.Context, r io.Reader) (int64, error) {
+	uri, err := bufio.NewReader(r).ReadString('\n')
 	if err != nil {
-		return nil, err
+		return 0, err
 	}
-	return []float64{(v["answered"] - float64(t.Nano())) / 1e6}, nil
+	l := load{uri: strings.TrimSpace(uri), op: "read", conns: 1}
+	c, err := l.dial(ctx)
+	if err != nil {
+		return 0, err
+	}
+	defer c.Close()
+	if err := c.With(ctx).Pread(make([]byte, base.size), 0); err != nil {
+		return 0, err
+	}
+	return clock(), nil
 }
 
 // idle opens n connections that stay until release is called.
 func (b *bench) idle(ctx context.Context, s *server, n int) (release func(), err error) {
-	cmd := exec.CommandContext(ctx, b.path("load"), append(s.clientArgs(), "mode=idle", fmt.Sprintf("conns=%d", n))...)
+	cmd := exec.CommandContext(ctx, b.self, "load", "uri="+s.uri(), "mode=idle", fmt.Sprintf("conns=%d", n))
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
