@@ -91,7 +91,8 @@ func loadMain(args []string, stdin io.Reader, stdout io.Writer) error {
 		_, err := io.Copy(io.Discard, stdin)
 		return err
 	case "hog":
-		for {
+		for n := 0; ; n++ {
+			runtime.KeepAlive(n)
 		}
 	}
 	return fmt.Errorf("read arguments: got mode %q", l.mode)
