@@ -34,6 +34,18 @@ func (g *Gate) Connect(quit <-chan struct{}) *Lane {
 	return &Lane{gate: g}
 }
 
+// TryConnect is Connect where that need not wait, and returns nil where it must.
+func (g *Gate) TryConnect() *Lane {
+	if g.model == SerializeConnections {
+		select {
+		case g.turn <- struct{}{}:
+		default:
+			return nil
+		}
+	}
+	return &Lane{gate: g}
+}
+
 // Leave lets the next connection in. No call follows.
 func (l *Lane) Leave() {
 	if l.gate.model == SerializeConnections {

@@ -42,6 +42,7 @@ type conn struct {
 	negotiated protocol.Negotiated
 	sparse     sparsePolicy
 	refusal    Reason // why the last option was refused, or ReasonClient
+	counted    bool   // among Server.admitted
 	denied     string // why there is no more than a handshake; "" where there is
 	export     *export
 	counters   counters

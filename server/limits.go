@@ -299,6 +299,22 @@ func address(nc net.Conn) string {
 	return host
 }
 
+// count makes c, a new connection, one of those that are admitted, or one that is told
+// why it is not. It returns false where there is not even room for that. s.mu is held.
+func (s *Server) count(c *conn, address string) bool {
+	var reason Reason
+	if reason, c.denied = s.full(address); c.denied != "" {
+		s.failures[reason].Add(1)
+		s.complain(c, address)
+		return len(s.conns)-s.admitted < maxRefused
+	}
+	c.address, c.counted = address, true
+	s.admitted++
+	s.accepted++
+	s.addresses[address]++
+	return true
+}
+
 // full tells why no connection from address may be added, in ReasonClient's place.
 // s.mu is held.
 func (s *Server) full(address string) (Reason, string) {
@@ -312,22 +328,21 @@ func (s *Server) full(address string) (Reason, string) {
 	return ReasonClient, ""
 }
 
-// complain logs that a connection was refused, at most once a second. s.mu is held.
+// complain logs that a connection was refused.
 func (s *Server) complain(c *conn, address string) {
-	s.unsaid++
-	if time.Since(s.complained) < time.Second {
+	ok, lost := s.refusedLines.take(time.Now())
+	if !ok {
 		return
 	}
-	text := "refuse connection: "
+	text := "refuse connection"
 	if address != "" {
-		text = "refuse connection from " + address + ": "
+		text += " from " + address
 	}
-	text += c.denied
-	if s.unsaid > 1 {
-		text += fmt.Sprintf("; %d were refused since this was last said", s.unsaid)
+	text += ": " + c.denied
+	if lost > 0 {
+		text += fmt.Sprintf("; %d more were refused before it and not logged", lost)
 	}
 	c.log.Error(text)
-	s.complained, s.unsaid = time.Now(), 0
 }
 
 // turnAway lets a client ask for something and tells it why it is refused.

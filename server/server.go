@@ -81,6 +81,11 @@ type Server struct {
 	bytes    budget
 	delays   [limits]delays
 
+	refusedLines lineLimit
+
+	probing   atomic.Bool
+	probeStep atomic.Value // a backend.Callback
+
 	// For Stats.
 	workers     atomic.Int64
 	tlsFailures atomic.Uint64
@@ -94,13 +99,11 @@ type Server struct {
 	conns  map[uint64]*conn
 	// admitted are the connections that no limit refused: how many are open, how
 	// many there have been, and how many are open from each address.
-	admitted   int
-	accepted   uint64
-	addresses  map[string]int
-	complained time.Time      // when it was last said that one was refused
-	unsaid     int            // refused since
-	open       sync.WaitGroup // connections; Add only under mu and before quit
-	socks      map[net.Listener]struct{}
+	admitted  int
+	accepted  uint64
+	addresses map[string]int
+	open      sync.WaitGroup // connections; Add only under mu and before quit
+	socks     map[net.Listener]struct{}
 }
 
 // New returns a server for o.Chain.
@@ -166,7 +169,7 @@ func (s *Server) Serve(l net.Listener) error {
 			return err
 		}
 		s.log.Debug("accepted connection")
-		if c := s.admit(nc); c != nil {
+		if c := s.admit(nc, false); c != nil {
 			go c.serve()
 		}
 	}
@@ -181,14 +184,15 @@ func passing(err error) bool {
 
 // ServeConn serves one connection and returns when it is over. It closes nc.
 func (s *Server) ServeConn(nc net.Conn) {
-	if c := s.admit(nc); c != nil {
+	if c := s.admit(nc, false); c != nil {
 		c.serve()
 	}
 }
 
 // admit makes nc a connection of the server's. After a shutdown it closes it; one
-// beyond the limits is only there to be told so, if even that.
-func (s *Server) admit(nc net.Conn) *conn {
+// beyond the limits is only there to be told so, if even that. A probe's is no
+// client's: it does not count.
+func (s *Server) admit(nc net.Conn, probe bool) *conn {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.quitting() {
@@ -197,20 +201,9 @@ func (s *Server) admit(nc net.Conn) *conn {
 	}
 	s.lastID++
 	c := newConn(s, s.lastID, nc)
-	from := address(nc)
-	var reason Reason
-	if reason, c.denied = s.full(from); c.denied != "" {
-		s.failures[reason].Add(1)
-		s.complain(c, from)
-		if len(s.conns)-s.admitted >= maxRefused {
-			nc.Close()
-			return nil
-		}
-	} else {
-		c.address = from
-		s.admitted++
-		s.accepted++
-		s.addresses[from]++
+	if !probe && !s.count(c, address(nc)) {
+		nc.Close()
+		return nil
 	}
 	s.conns[c.id] = c
 	s.open.Add(1)
@@ -221,7 +214,7 @@ func (s *Server) admit(nc net.Conn) *conn {
 func (s *Server) forget(c *conn) {
 	s.mu.Lock()
 	delete(s.conns, c.id)
-	if c.denied == "" {
+	if c.counted {
 		s.admitted--
 		if s.addresses[c.address]--; s.addresses[c.address] == 0 {
 			delete(s.addresses, c.address)
