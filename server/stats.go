@@ -79,10 +79,7 @@ func (r Reason) String() string {
 
 // ExportStats is about the connections of one export.
 type ExportStats struct {
-	// Name is what the clients call it. Other tells that it stands for all that
-	// came after the first maxNamedExports.
-	Name        string
-	Other       bool
+	Name        string // in UTF-8, whatever the clients sent; or OtherExports
 	Connections int
 	// Commands are those that were used, in the order of their numbers.
 	Commands []CommandStats
@@ -118,6 +115,10 @@ var LatencyBounds = [...]time.Duration{
 	100 * time.Millisecond, 250 * time.Millisecond, 500 * time.Millisecond,
 	time.Second, 2500 * time.Millisecond, 5 * time.Second, 10 * time.Second,
 }
+
+// OtherExports is the name under which all exports are counted that came after the first
+// maxNamedExports.
+const OtherExports = "(other)"
 
 // maxNamedExports bounds the exports that are counted each on their own: clients
 // choose the names.
@@ -260,6 +261,7 @@ type exports struct {
 
 // enter puts c among the connections of the export that it has opened.
 func (x *exports) enter(c *conn, name string) {
+	name = strings.ToValidUTF8(name, "\uFFFD")
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	e := x.named[name]
@@ -268,7 +270,7 @@ func (x *exports) enter(c *conn, name string) {
 			x.named = map[string]*export{}
 		}
 		e = &export{name: name, conns: map[*conn]struct{}{}, reads: newBucket(x.bandwidth), writes: newBucket(x.bandwidth)}
-		if x.kept < maxNamedExports {
+		if x.kept < maxNamedExports && name != OtherExports {
 			e.kept = true
 			x.kept++
 		}
@@ -295,7 +297,7 @@ func (x *exports) leave(c *conn) {
 func (x *exports) stats() (list []ExportStats, inFlight int) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	other := ExportStats{Other: true}
+	other := ExportStats{Name: OtherExports}
 	var rest counters
 	x.rest.addTo(&rest)
 	for _, e := range slices.SortedFunc(maps.Values(x.named), func(a, b *export) int { return strings.Compare(a.name, b.name) }) {

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"runtime"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -171,7 +172,14 @@ func TestStatsExports(t *testing.T) {
 	s, uri, _ := serve(t, newHooked(), Options{})
 	p := make([]byte, 1)
 	for i := range maxNamedExports + 5 {
-		c := dial(t, strings.Replace(uri, "///", fmt.Sprintf("///%d", i), 1), nil)
+		name := strconv.Itoa(i)
+		switch i {
+		case 0:
+			name = "%28other%29"
+		case 1:
+			name = "%ff%fe"
+		}
+		c := dial(t, strings.Replace(uri, "///", "///"+name, 1), nil)
 		if err := c.Pread(p, 0); err != nil {
 			t.Fatal(err)
 		}
@@ -179,7 +187,7 @@ func TestStatsExports(t *testing.T) {
 	}
 	st := s.Stats()
 	last := st.Exports[len(st.Exports)-1]
-	if len(st.Exports) != maxNamedExports+1 || !last.Other || last.Commands[0].Operations != 5 || st.Operations() != maxNamedExports+5 {
+	if len(st.Exports) != maxNamedExports+1 || last.Name != OtherExports || last.Commands[0].Operations != 5 || st.command("\uFFFD", protocol.CmdRead) == nil || st.Operations() != maxNamedExports+5 {
 		t.Errorf("got %d exports, the last %+v", len(st.Exports), last)
 	}
 }

@@ -336,6 +336,9 @@ func (l *life) stop(chain *backend.Chain) {
 
 // checkFormat takes the value of --check.
 func checkFormat(o *options, v string) error {
+	if v == noValue {
+		v = check.Formats[0]
+	}
 	if !slices.Contains(check.Formats, v) {
 		return fmt.Errorf("got %q: need one of %s", v, strings.Join(check.Formats, ", "))
 	}

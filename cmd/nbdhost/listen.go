@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"syscall"
 
+	"nbdhost/monitor"
 	"nbdhost/protocol"
 	"nbdhost/server"
 )
@@ -23,6 +24,7 @@ type endpoint struct {
 	uri       protocol.URI // the zero one if there is none
 	inherited bool         // the sockets are another process's, too
 	private   string       // the directory of a private socket, or ""
+	monitor   *monitor.Monitor
 	// tls does the server's side of TLS handshakes; nil if TLS is off.
 	tls func(net.Conn) (server.TLSConn, error)
 }
@@ -71,6 +73,7 @@ func (e *endpoint) abandon() {
 // remove takes away what must not outlive the server. The socket file of
 // --unix=PATH stays, as nbdkit's does: nobody else's may be in its place by now.
 func (e *endpoint) remove() {
+	e.monitor.Close()
 	if e.private != "" {
 		os.RemoveAll(e.private)
 	}

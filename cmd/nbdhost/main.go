@@ -86,6 +86,8 @@ func dispatch(args []string, stdout, stderr io.Writer, known *secrets) (int, err
 		return 0, write(stdout, manualPage())
 	case o.list:
 		return 0, list(stdout, o)
+	case o.healthcheck != nil:
+		return 0, healthcheck(stdout, *o.healthcheck)
 	case o.describe:
 		return 0, describe(stdout, o)
 	case len(o.args) > 0:

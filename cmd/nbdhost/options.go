@@ -13,8 +13,8 @@ import (
 
 	"github.com/spf13/pflag"
 
-	"nbdhost/check"
 	"nbdhost/loader"
+	"nbdhost/monitor"
 	"nbdhost/server"
 )
 
@@ -52,6 +52,12 @@ type options struct {
 	strictBlockSize bool
 	timeout         time.Duration // of the handshake; 0: none
 	drainTimeout    time.Duration
+
+	limits server.Limits
+
+	// What is shown of the server.
+	metrics    *monitor.Address // nil: nothing
+	healthRead time.Duration    // how long a read may take; 0: there is none
 
 	// The module.
 	pluginPath []string
@@ -94,6 +100,7 @@ type options struct {
 	longOptions, shortOptions             bool
 	list, describe, complete, manual      bool
 	completion                            string // a shell; "" for none
+	healthcheck                           *monitor.Address
 }
 
 // tlsOptions are those of TLS (nbdkit-tls(1)).
@@ -127,13 +134,15 @@ type option struct {
 const (
 	groupListen  = "Listening"
 	groupServe   = "Serving"
+	groupLimits  = "Limits"
 	groupTLS     = "TLS"
 	groupProcess = "Process"
 	groupOutput  = "Messages"
+	groupMonitor = "Monitoring"
 	groupInfo    = "Information"
 )
 
-var groups = []string{groupListen, groupServe, groupTLS, groupProcess, groupOutput, groupInfo}
+var groups = []string{groupListen, groupServe, groupLimits, groupTLS, groupProcess, groupOutput, groupMonitor, groupInfo}
 
 var optionTable = []option{
 	{groupListen, []string{"unix"}, "U", "SOCKET", "listen on the Unix socket SOCKET; - makes a private one",
@@ -220,6 +229,25 @@ var optionTable = []option{
 		func(o *options, _ string) error { o.oldstyle = false; return nil }},
 	{groupServe, []string{"oldstyle", "old-style"}, "o", "", "use the oldstyle protocol, for clients of before 2013", flag(func(o *options) *bool { return &o.oldstyle })},
 
+	{groupLimits, []string{"max-connections"}, "", "N", "connections that may be open at a time",
+		count(func(o *options) *int { return &o.limits.Connections })},
+	{groupLimits, []string{"max-connections-per-address"}, "", "N", "of these, from one address",
+		count(func(o *options) *int { return &o.limits.ConnectionsPerAddress })},
+	{groupLimits, []string{"max-requests"}, "", "N", "requests in progress on all connections together",
+		count(func(o *options) *int { return &o.limits.Requests })},
+	{groupLimits, []string{"max-bytes"}, "", "SIZE", "data of requests in progress on all connections together",
+		size(func(o *options) *int64 { return &o.limits.Bytes })},
+	{groupLimits, []string{"max-bytes-per-connection"}, "", "SIZE", "of these, on each connection (default 256M)",
+		func(o *options, v string) error {
+			err := size(func(o *options) *int64 { return &o.limits.BytesPerConnection })(o, v)
+			if o.limits.BytesPerConnection == 0 {
+				o.limits.BytesPerConnection = -1 // to the server, 0 is the default
+			}
+			return err
+		}},
+	{groupLimits, []string{"bandwidth"}, "", "RATE", "bits a second, such as 100M, for reads of an export, and as many\nfor writes",
+		size(func(o *options) *int64 { return &o.limits.Bandwidth })},
+
 	{groupTLS, []string{"tls"}, "", "MODE", "off, on (clients may use TLS) or require (they must)",
 		func(o *options, v string) (err error) { o.tls.mode, err = parseTLSMode(v); return err }},
 	{groupTLS, []string{"tls-certificates"}, "", "DIR", "take certificates and keys from this directory",
@@ -277,6 +305,12 @@ var optionTable = []option{
 		}},
 	{groupOutput, []string{"name"}, "", "NAME", "start messages with nbdkit[NAME]", text(func(o *options) *string { return &o.name })},
 	{groupOutput, []string{"print-uri", "print-url", "show-uri", "show-url"}, "", "", "write the URI to standard output", flag(func(o *options) *bool { return &o.printURI })},
+
+	{groupMonitor, []string{"metrics"}, "", "ADDRESS", "show metrics and health over HTTP at [HOST]:PORT (on this\nmachine only without HOST) or unix:PATH",
+		address(func(o *options) **monitor.Address { return &o.metrics })},
+	{groupMonitor, []string{"health-read"}, "", "[TIME]", "let /readyz read through the plugin, which may take TIME (5s)", healthRead},
+	{groupMonitor, []string{"healthcheck"}, "", "ADDRESS", "ask the server with --metrics=ADDRESS if it is ready; exit with\n0 or 1",
+		address(func(o *options) **monitor.Address { return &o.healthcheck })},
 
 	{groupInfo, []string{"check"}, "", "[FORMAT]", "check that the plugin keeps its promises, and report as text,\ntap or json", checkFormat},
 	{groupInfo, []string{"check-only"}, "", "NAME,...", "run only these checks, or groups of them",
@@ -373,10 +407,8 @@ func parse(args []string) (*options, error) {
 	for i := range optionTable {
 		opt := &optionTable[i]
 		f := flags.VarPF(&optionValue{opt, o}, opt.names[0], opt.short, "")
-		if opt.arg == "" {
+		if opt.arg == "" || strings.HasPrefix(opt.arg, "[") {
 			f.NoOptDefVal = noValue
-		} else if strings.HasPrefix(opt.arg, "[") {
-			f.NoOptDefVal = check.Formats[0]
 		}
 	}
 	// After the flags are there: their own names must not be taken for shortened ones.
@@ -464,6 +496,9 @@ func (o *options) settle() error {
 			return fmt.Errorf("option --port: got %q: need a number from 0 to 65535 or the name of a service", o.port)
 		}
 	}
+	if o.healthRead > 0 && o.metrics == nil {
+		return errors.New("got --health-read without --metrics: need the address at which /readyz is asked for")
+	}
 	o.foreground = o.foreground || o.inherited > 0
 	if o.captive && o.unix == "" && o.port == "" && !o.vsock {
 		o.unix = "-"
@@ -503,7 +538,8 @@ func usageError(err error) error {
 	return err
 }
 
-// noValue stands for the value of an option that has none; nobody can type it.
+// noValue stands for the value of an option that has none, or whose value was left out;
+// nobody can type it.
 const noValue = "\x00"
 
 // optionValue is a pflag.Value that sets a field of options.
@@ -538,6 +574,8 @@ func fullName(name string) string {
 // ownOptions are those that nbdkit does not have. They do not make a beginning
 // ambiguous that nbdkit understands.
 var ownOptions = []string{
+	"bandwidth", "health-read", "healthcheck", "max-bytes", "max-bytes-per-connection", "max-connections",
+	"max-connections-per-address", "max-requests", "metrics",
 	"check", "check-only", "check-writes", "complete", "completion", "describe", "drain-timeout", "filter-any-release",
 	"filter-path", "list", "man", "no-eh", "plugin-path", "log-format", "slow-ms", "sparse-reads", "strict-block-size",
 	"supervise",

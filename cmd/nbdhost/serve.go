@@ -280,6 +280,10 @@ func serveLoaded(o *options, start *starter, stdout io.Writer, out *logHandler,
 	e.tls = secure
 	o.tls.addTo(&e.uri)
 	defer e.remove()
+	if e.monitor, err = startMonitor(o, chain, log); err != nil {
+		e.abandon()
+		return 1, err
+	}
 	if start != nil {
 		if err := start.detach(); err != nil {
 			e.abandon()
@@ -336,6 +340,7 @@ func serveClients(o *options, start *starter, out *logHandler,
 		SparseReads:      o.sparseReads,
 		StrictBlockSize:  o.strictBlockSize,
 		SlowRequest:      o.slow,
+		Limits:           o.limits,
 		HandshakeMask:    ^protocol.HandshakeFlags(o.handshakeMask), // the server is told what to hide
 		HandshakeTimeout: o.timeout, DrainTimeout: o.drainTimeout,
 		TLS: e.tls, TLSRequired: o.tls.mode == tlsRequire,
@@ -358,6 +363,7 @@ func serveClients(o *options, start *starter, out *logHandler,
 	}
 	err := announce(o, start, out)
 	stop.attach(srv)
+	e.monitor.Attach(srv)
 	done := make(chan struct{})
 	defer close(done)
 	go o.notify.follow(srv, done)

@@ -1,0 +1,210 @@
+package monitor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"log/slog"
+	"net"
+	"net/http"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"golang.org/x/net/netutil"
+
+	"nbdhost/backend"
+	"nbdhost/server"
+)
+
+const (
+	// Clients that are slow, or hold connections open, do not add up.
+	maxConnections    = 64
+	maxScrapes        = 4
+	maxHeader         = 16 << 10 // bytes
+	readTimeout       = 5 * time.Second
+	writeTimeout      = 10 * time.Second // without what a read through the plugin may take
+	idleTimeout       = 30 * time.Second
+	probeResultTime   = time.Second // for how long the result of a read is used again
+	shutdownPatience  = 100 * time.Millisecond
+	textPlain         = "text/plain; charset=utf-8"
+	DefaultHealthRead = 5 * time.Second
+)
+
+// Options say what to show.
+type Options struct {
+	Chain   *backend.Chain
+	Version string // of the program
+	// HealthRead is how long a read through the plugin may take for /readyz; 0 is
+	// for no read. Export is what is read.
+	HealthRead time.Duration
+	Export     string
+	// Log receives what goes wrong with scrapes, at debug level; nil for nothing.
+	Log *slog.Logger
+}
+
+// A Monitor answers HTTP requests.
+type Monitor struct {
+	o      Options
+	http   *http.Server
+	srv    atomic.Pointer[server.Server]
+	served chan struct{} // closed when http has ended
+
+	reads struct {
+		sync.Mutex           // held while a read is made
+		when       time.Time // the last one ended
+		err        error
+		good, bad  atomic.Uint64
+	}
+}
+
+// Serve answers the requests that come in on l, which it closes at the end.
+func Serve(l net.Listener, o Options) *Monitor {
+	if o.Log == nil {
+		o.Log = slog.New(slog.DiscardHandler)
+	}
+	m := &Monitor{o: o, served: make(chan struct{})}
+	m.http = &http.Server{
+		Handler:           m.handler(),
+		ReadHeaderTimeout: readTimeout,
+		ReadTimeout:       readTimeout,
+		WriteTimeout:      writeTimeout + o.HealthRead,
+		IdleTimeout:       idleTimeout,
+		MaxHeaderBytes:    maxHeader,
+		ErrorLog:          log.New(debugWriter{o.Log}, "", 0),
+	}
+	go func() {
+		defer close(m.served)
+		if err := m.http.Serve(netutil.LimitListener(l, maxConnections)); !errors.Is(err, http.ErrServerClosed) {
+			o.Log.Error("serve metrics and health on " + l.Addr().String() + ": " + err.Error())
+		}
+	}()
+	return m
+}
+
+// debugWriter logs what package http has to say of bad requests.
+type debugWriter struct{ log *slog.Logger }
+
+func (w debugWriter) Write(p []byte) (int, error) {
+	w.log.Debug("metrics and health: " + string(p[:max(0, len(p)-1)]))
+	return len(p), nil
+}
+
+// Attach makes the monitor tell of s, which serves from now on.
+func (m *Monitor) Attach(s *server.Server) {
+	if m != nil {
+		m.srv.Store(s)
+	}
+}
+
+// Close ends the monitor and its listener. The nil Monitor is one that never was.
+func (m *Monitor) Close() {
+	if m == nil {
+		return
+	}
+	// Who asks just now is answered; a read that hangs is not waited for.
+	ctx, cancel := context.WithTimeout(context.Background(), shutdownPatience)
+	defer cancel()
+	if m.http.Shutdown(ctx) != nil {
+		m.http.Close()
+	}
+	<-m.served
+}
+
+func (m *Monitor) handler() http.Handler {
+	registry := prometheus.NewRegistry()
+	registry.MustRegister(
+		collector{m},
+		collectors.NewGoCollector(),
+		collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}),
+	)
+	mux := http.NewServeMux()
+	mux.Handle("/metrics", promhttp.HandlerFor(registry, promhttp.HandlerOpts{
+		ErrorLog:            log.New(debugWriter{m.o.Log}, "", 0),
+		MaxRequestsInFlight: maxScrapes,
+		Timeout:             writeTimeout,
+	}))
+	mux.HandleFunc("/livez", func(w http.ResponseWriter, r *http.Request) { answer(w, nil) })
+	mux.HandleFunc("/readyz", func(w http.ResponseWriter, r *http.Request) { answer(w, m.ready(r.Context())) })
+	mux.HandleFunc("/{$}", func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Type", textPlain)
+		io.WriteString(w, index)
+	})
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.Method != http.MethodGet && r.Method != http.MethodHead {
+			w.Header().Set("Allow", "GET, HEAD")
+			http.Error(w, "got "+r.Method+", need GET or HEAD", http.StatusMethodNotAllowed)
+			return
+		}
+		mux.ServeHTTP(w, r)
+	})
+}
+
+const index = `nbdhost
+
+/metrics   for Prometheus
+/livez     200 as long as the process answers
+/readyz    200 while clients are served, 503 before and while the server stops
+`
+
+// answer says ok, or why not.
+func answer(w http.ResponseWriter, err error) {
+	w.Header().Set("Content-Type", textPlain)
+	w.Header().Set("Cache-Control", "no-store")
+	if err != nil {
+		w.WriteHeader(http.StatusServiceUnavailable)
+		fmt.Fprintln(w, err)
+		return
+	}
+	fmt.Fprintln(w, "ok")
+}
+
+var (
+	errStarting = errors.New("not ready: the server is starting")
+	errStopping = errors.New("not ready: the server is stopping")
+)
+
+// serving returns nil while clients are served.
+func (m *Monitor) serving() error {
+	s := m.srv.Load()
+	if s == nil {
+		return errStarting
+	}
+	select {
+	case <-s.Quit():
+		return errStopping
+	default:
+		return nil
+	}
+}
+
+// ready is serving, and a read through the plugin where one is wanted.
+func (m *Monitor) ready(ctx context.Context) error {
+	if err := m.serving(); err != nil || m.o.HealthRead == 0 {
+		return err
+	}
+	r := &m.reads
+	r.Lock()
+	defer r.Unlock()
+	if time.Since(r.when) >= probeResultTime {
+		// Not with the request's context: the result is for others as well.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), m.o.HealthRead)
+		defer cancel()
+		r.err = m.srv.Load().Probe(ctx, m.o.Export)
+		r.when = time.Now()
+		if r.err == nil {
+			r.good.Add(1)
+		} else {
+			r.bad.Add(1)
+		}
+	}
+	if r.err != nil {
+		return fmt.Errorf("not ready: %w", r.err)
+	}
+	return m.serving() // it may have begun to stop meanwhile
+}
