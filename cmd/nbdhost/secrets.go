@@ -67,7 +67,7 @@ func (s *secrets) replace(text, by string) {
 func (s *secrets) learn(args []string) {
 	for _, arg := range args {
 		key, value, ok := strings.Cut(arg, "=")
-		if !ok || strings.Contains(key, "://") {
+		if !ok || !isKey(key) {
 			key, value = "", arg
 		}
 		s.learnParameter(key, value)
