@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -110,6 +111,8 @@ type supervisor struct {
 	notify  *notifier
 	e       *endpoint
 	signals chan os.Signal
+	// passwords are descriptors that parameters name, see keepPasswords.
+	passwords []int
 
 	command  *captive
 	ended    chan struct{} // closed when the command has ended; nil if there is none
@@ -132,6 +135,9 @@ func supervise(o *options, args []string, start *starter, stdout io.Writer, out 
 	if s.dir, err = os.Getwd(); err != nil {
 		return 1, fmt.Errorf("find working directory: %w", err)
 	}
+	if s.passwords, err = keepPasswords(o.args[1:]); err != nil {
+		return 1, err
+	}
 	// Only for what clients have to know; the server says what is wrong with it.
 	if _, err := setUpTLS(&o.tls, slog.New(slog.DiscardHandler)); err != nil {
 		return 1, err
@@ -153,6 +159,63 @@ func supervise(o *options, args []string, start *starter, stdout io.Writer, out 
 		code = status
 	}
 	return code, err
+}
+
+// keepPasswords puts files in memory in the place of the descriptors from which modules
+// read passwords (nbdkit_read_password(3)), since each server has to read them again.
+func keepPasswords(params []string) (fds []int, err error) {
+	for _, p := range params {
+		key, value, _ := strings.Cut(p, "=")
+		if !isKey(key) || !strings.Contains(strings.ToLower(key), "pass") {
+			continue
+		}
+		if value == "-" {
+			return nil, fmt.Errorf("got %s with --supervise: a server that is started again cannot ask for it: need %s=+FILE or %s=-DESCRIPTOR", p, key, key)
+		}
+		if !isDescriptor(value) {
+			continue
+		}
+		fd, err := strconv.Atoi(value[1:])
+		if err == nil && fd >= firstInherited {
+			err = keepLine(fd)
+		}
+		if err != nil {
+			return nil, fmt.Errorf("read %s: %w: need an open descriptor from %d on", p, cause(err), firstInherited)
+		}
+		if fd >= firstInherited { // the others are for the module to refuse
+			fds = append(fds, fd)
+		}
+	}
+	return fds, nil
+}
+
+// maxPassword bounds what is kept of a descriptor, in bytes.
+const maxPassword = 64 << 10
+
+// keepLine replaces fd by a file with the first line that comes from it.
+func keepLine(fd int) error {
+	var line []byte
+	for b := make([]byte, 1); len(line) < maxPassword; {
+		n, err := unix.Read(fd, b)
+		if err == unix.EINTR {
+			continue
+		} else if err != nil {
+			return err
+		}
+		line = append(line, b[:n]...)
+		if n == 0 || b[0] == '\n' {
+			break
+		}
+	}
+	kept, err := unix.MemfdCreate("password", unix.MFD_CLOEXEC)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(kept)
+	if _, err := unix.Pwrite(kept, line, 0); err != nil {
+		return err
+	}
+	return unix.Dup3(kept, fd, 0)
 }
 
 // maxFailedStarts is how many servers in a row may end before they are ready.
@@ -294,6 +357,11 @@ func (s *supervisor) startServer() (_ *serverProcess, err error) {
 	c.cmd = &exec.Cmd{
 		Dir: s.dir, Env: append(os.Environ(), superviseVariable+"="+string(text)),
 		Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr,
+	}
+	for _, fd := range s.passwords {
+		if _, err := unix.Seek(fd, 0, io.SeekStart); err != nil {
+			return nil, err
+		}
 	}
 	err = startAgain(c.cmd, s.args, s.o.secrets, append(to.Listeners, to.Control)...)
 	if err != nil {
