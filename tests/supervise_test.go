@@ -187,14 +187,19 @@ func TestSuperviseStart(t *testing.T) {
 		c := s.hello(false)
 		c.read(1, 0, 512)
 		c.want(1, 0)
-		// And for good: half a minute, in which nothing is done.
-		writeFile(t, broken, "", 0o600)
+		s.stop()
+	})
+	t.Run("for good", func(t *testing.T) {
+		t.Parallel()
+		dir := tempDir(t)
+		s := start(t, nbdhost, dir, false, "--supervise", fixture(t, "crash"), "do=_exit", "broken=DIR/broken")
+		writeFile(t, filepath.Join(dir, "broken"), "", 0o600)
 		s.crash()
 		<-s.exited
 		if s.status == nil || s.status.Error() != "exit status 1" {
 			t.Errorf("got %v, want exit status 1", s.status)
 		}
-		wantLog(t, s, `nbdhost: error: the server process \d+ exited with status 1: gave up after 10 starts in a row that failed`)
+		wantLog(t, s, `nbdhost: error: the server process \d+ exited with status 1: gave up after 8 starts in a row that failed`)
 	})
 }
 

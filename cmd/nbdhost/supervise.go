@@ -219,7 +219,7 @@ func keepLine(fd int) error {
 }
 
 // maxFailedStarts is how many servers in a row may end before they are ready.
-const maxFailedStarts = 10
+const maxFailedStarts = 8
 
 func (s *supervisor) run() (int, error) {
 	var delay backoff
@@ -292,7 +292,7 @@ type backoff struct{ delay time.Duration }
 
 const (
 	firstDelay = 100 * time.Millisecond
-	lastDelay  = 10 * time.Second
+	lastDelay  = 5 * time.Second
 	// steady is how long a server must have served for its crash to count as the first.
 	steady = time.Minute
 )
