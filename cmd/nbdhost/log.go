@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -207,6 +208,16 @@ func (h *logHandler) object(ctx context.Context, r slog.Record) []byte {
 	var b bytes.Buffer
 	_ = slog.NewJSONHandler(&b, &slog.HandlerOptions{Level: slog.LevelDebug}).Handle(ctx, to) // a Buffer takes everything
 	return b.Bytes()
+}
+
+// report logs an error that ends the program, where a line of another form would not be
+// understood.
+func (h *logHandler) report(err error) error {
+	if err == nil || !h.json || errors.Is(err, errReported) || saidByModule(err) {
+		return err
+	}
+	slog.New(h).Error(err.Error())
+	return errReported
 }
 
 // fromModule logs what a module said ([loader.Host]).

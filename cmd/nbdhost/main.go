@@ -39,7 +39,7 @@ func run(args []string, stdout, stderr io.Writer) int {
 	if code == 0 {
 		code = 1
 	}
-	if !saidByModule(err) && !errors.Is(err, errTold) {
+	if !saidByModule(err) && !errors.Is(err, errReported) {
 		fmt.Fprintf(stderr, "%s: error: %s\n", filepath.Base(args[0]), known.redact(err.Error()))
 	}
 	return code
@@ -122,21 +122,23 @@ func dispatch(args []string, stdout, stderr io.Writer, known *secrets) (int, err
 			return 1, err
 		}
 	}
-	if start == nil && serving && !o.foreground && !o.dumpPlugin {
-		return background(args, known)
-	}
 	out := newLog(o, stderr)
+	if start == nil && serving && !o.foreground && !o.dumpPlugin {
+		code, err := background(args, known)
+		return code, out.report(err)
+	}
 	if o.notify == nil && serving {
 		if o.notify, err = findNotifier(); err != nil {
 			slog.New(out).Warn(err.Error() + "; going on without")
 		}
 	}
 	if o.supervise && superior == nil && serving && !o.dumpPlugin {
-		return supervise(o, args, start, stdout, out)
+		code, err := supervise(o, args, start, stdout, out)
+		return code, out.report(err)
 	}
 	os.Unsetenv(argsVariable) // not for servers that a module runs
 	code, err := serve(o, start, stdout, out)
-	return code, superior.tellError(err, known)
+	return code, out.report(superior.tellError(err, known))
 }
 
 func write(w io.Writer, text string) error {

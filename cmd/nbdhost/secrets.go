@@ -159,9 +159,10 @@ func isSecret(name string) bool {
 // Patterns of what is secret wherever it comes from, such as an address to which a web
 // server redirects.
 var (
-	userInfo    = regexp.MustCompile(`(://[^/?#@\s:]*:)[^/?#\s]*@`)
-	queryValue  = regexp.MustCompile(`([?&])([A-Za-z0-9_.-]+)=([^&\s"'#]+)`)
-	headerValue = regexp.MustCompile(`(?i)\b((?:proxy-)?authorization|(?:set-)?cookie|x-[a-z0-9-]*(?:token|key|secret)[a-z0-9-]*)(: *).+`)
+	userInfo   = regexp.MustCompile(`(://[^/?#@\s:]*:)[^/?#\s]*@`)
+	queryValue = regexp.MustCompile(`([?&])([A-Za-z0-9_.-]+)=([^&\s"'#]+)`)
+	// In debug messages ends of lines are written \r\n, as in C.
+	headerValue = regexp.MustCompile(`(?i)(^|\\[rn]|[^a-z0-9-])((?:proxy-)?authorization|(?:set-)?cookie|x-[a-z0-9-]*(?:token|key|secret)[a-z0-9-]*)(: *)(?:[^\\]|\\[^rn])+`)
 )
 
 // redact returns text without the secrets in it.
@@ -183,7 +184,7 @@ func (s *secrets) redact(text string) string {
 		}
 	}
 	if strings.Contains(text, ":") && mayHaveHeader(text) {
-		text = headerValue.ReplaceAllString(text, "$1$2"+hidden)
+		text = headerValue.ReplaceAllString(text, "$1$2$3"+hidden)
 	}
 	return text
 }

@@ -79,8 +79,8 @@ func (s *superior) obey(o *options) {
 	o.foreground, o.pidfile, o.printURI, o.captive, o.exitWithParent = true, "", false, false, false
 }
 
-// errTold is an error that the supervisor has been told.
-var errTold = errors.New("the supervisor knows")
+// errReported is an error that whom it concerns has been told.
+var errReported = errors.New("already reported")
 
 // tellError passes on why the server did not begin to serve.
 func (s *superior) tellError(err error, hide *secrets) error {
@@ -88,7 +88,7 @@ func (s *superior) tellError(err error, hide *secrets) error {
 		return err
 	}
 	s.tell("ERROR=" + hide.redact(err.Error()))
-	return errTold
+	return errReported
 }
 
 // watch calls stop when the supervisor has gone.
