@@ -183,9 +183,11 @@ type Conn struct {
 	Disconnect func(force bool)
 
 	// Local belongs to the package that implements the backends; it is set on
-	// the connection's first call. OnRelease, if not nil, is called once the
-	// last call has returned.
+	// the connection's first call, as are the functions that follow. They may be
+	// nil. OnMove is called with a new FD while no call is under way, OnRelease
+	// once the last call has returned.
 	Local     any
+	OnMove    func(fd int)
 	OnRelease func()
 
 	mu        sync.Mutex
@@ -237,6 +239,14 @@ func (c *Conn) Call(worker int) *Call {
 // Logger returns the log of the connection's first call, which names the connection;
 // nil for none.
 func (c *Conn) Logger() *slog.Logger { return c.log }
+
+// Move changes FD. No call is under way.
+func (c *Conn) Move(fd int) {
+	c.FD = fd
+	if c.OnMove != nil {
+		c.OnMove(fd)
+	}
+}
 
 // Release ends the life of the connection; no call follows.
 func (c *Conn) Release() {

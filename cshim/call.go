@@ -84,6 +84,9 @@ func NewConn(id uint64, fd int) *Conn {
 	return &Conn{c}
 }
 
+// SetFD changes the socket. Not during a call.
+func (c *Conn) SetFD(fd int) { c.c.fd = C.int(fd) }
+
 // SetTLS says whether TLS has been negotiated. A change must not come during a call.
 func (c *Conn) SetTLS(on bool) {
 	if v := cbool(on); c.c.tls != v {

@@ -138,6 +138,7 @@ func shimConn(c *backend.Call) *cshim.Conn {
 		conns.byID[conn.ID] = conn
 		conns.mu.Unlock()
 		conn.Local = s
+		conn.OnMove = s.SetFD
 		conn.OnRelease = func() {
 			conns.mu.Lock()
 			delete(conns.byID, conn.ID)

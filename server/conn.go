@@ -5,10 +5,7 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"nbdhost/backend"
 	"nbdhost/protocol"
@@ -27,8 +24,7 @@ const (
 type conn struct {
 	s      *Server
 	id     uint64
-	nc     net.Conn
-	raw    syscall.RawConn // of nc; nil where it has no descriptor
+	sock   socket
 	log    *slog.Logger
 	peer   backend.Conn
 	call   backend.Call // of the handshake and of close
@@ -65,19 +61,13 @@ type conn struct {
 }
 
 func newConn(s *Server, id uint64, nc net.Conn) *conn {
-	c := &conn{s: s, id: id, nc: nc, log: s.log.With("conn", id)}
+	c := &conn{s: s, id: id, log: s.log.With("conn", id)}
 	if peer := nc.RemoteAddr().String(); peer != "" && peer != "@" { // a Unix socket's has no name
 		c.log = c.log.With("peer", peer)
 	}
-	c.peer = backend.Conn{ID: id, FD: -1, Disconnect: c.disconnect}
-	if sc, ok := nc.(syscall.Conn); ok {
-		if raw, err := sc.SyscallConn(); err == nil {
-			c.raw = raw
-			// The descriptor stays valid as long as calls are made: it is
-			// closed after the last one.
-			_ = raw.Control(func(fd uintptr) { c.peer.FD = int(fd) })
-		}
-	}
+	c.sock.init(nc)
+	// It stays valid as long as calls are made: it is closed after the last one.
+	c.peer = backend.Conn{ID: id, FD: c.sock.descriptor(), Disconnect: c.disconnect}
 	c.call = backend.Call{Conn: &c.peer, Worker: backend.Handshake, Log: c.log}
 	c.bytes = newBudget(s.opts.Limits.BytesPerConnection)
 	c.sender.init(c)
@@ -173,17 +163,8 @@ func (c *conn) disconnect(force bool) {
 		return
 	}
 	c.status.Store(int32(dead))
-	// Wakes the reader, a writer, and a module that sleeps (nbdkit_nanosleep).
-	if c.raw != nil {
-		_ = c.raw.Control(func(fd uintptr) { _ = unix.Shutdown(int(fd), unix.SHUT_RDWR) })
-	} else {
-		c.nc.Close()
-	}
+	c.sock.shutdown()
 }
-
-// wakeReader makes the reader's wait for the client end after d. An error means
-// that the connection is closed, which ends the wait as well.
-func (c *conn) wakeReader(d time.Duration) { _ = c.nc.SetReadDeadline(time.Now().Add(d)) }
 
 // refused tells whether new commands are refused.
 func (c *conn) refused() bool {

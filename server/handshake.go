@@ -46,7 +46,7 @@ var (
 // and c.negotiated set, or an error, and then nothing is open.
 func (c *conn) handshake(in *input) error {
 	if t := c.s.opts.HandshakeTimeout; t > 0 {
-		_ = c.nc.SetDeadline(time.Now().Add(t)) // fails only on a closed connection
+		_ = c.sock.nc.SetDeadline(time.Now().Add(t)) // fails only on a closed connection
 	}
 	negotiate := (&negotiation{c: c, in: in}).negotiate
 	if c.s.opts.Oldstyle {
@@ -55,9 +55,9 @@ func (c *conn) handshake(in *input) error {
 	if err := negotiate(); err != nil {
 		return err
 	}
-	_ = c.nc.SetDeadline(time.Time{})
+	_ = c.sock.nc.SetDeadline(time.Time{})
 	if c.s.quitting() {
-		c.wakeReader(lastWords) // what Shutdown set may just have been undone
+		c.sock.wake(lastWords) // what Shutdown set may just have been undone
 	}
 	return nil
 }

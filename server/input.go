@@ -2,9 +2,7 @@ package server
 
 import (
 	"io"
-	"net"
 	"os"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 
@@ -22,9 +20,8 @@ const (
 // An input is what was received and not yet looked at. It holds no buffer while
 // it waits for the client with nothing in hand.
 type input struct {
-	nc         net.Conn
-	raw        syscall.RawConn // of nc or what is below it, or nil
-	secure     TLSConn         // nc, or nil without TLS
+	c          *conn
+	secure     TLSConn // c's, or nil without TLS
 	buf        *backend.Buffer
 	start, end int // what is in hand: buf.B[start:end]
 	head       int // size in bytes of what precedes a write's payload
@@ -37,7 +34,7 @@ type input struct {
 }
 
 func (in *input) init(c *conn) {
-	in.nc, in.raw, in.secure = c.stream(), c.raw, c.secure
+	in.c, in.secure = c, c.secure
 	in.head = protocol.RequestSize
 	in.receive = in.tryReceive
 }
@@ -95,18 +92,38 @@ func (in *input) more(n int) error {
 	if in.buf != nil && in.start == in.end {
 		in.rewind()
 	}
-	if in.raw == nil {
+	for in.c.sock.hot() {
 		if err := in.makeRoom(); err != nil {
 			return err
 		}
-		got, err := in.nc.Read(in.buf.B[in.end:])
+		got, err := in.c.sock.read(in.buf.B[in.end:])
+		switch {
+		case err == unix.EINTR:
+		case err == unix.EAGAIN: // nothing came for a while
+			if err := in.c.cool(); err != nil {
+				return err
+			}
+		case err != nil:
+			return os.NewSyscallError("read", err)
+		case got == 0:
+			return io.EOF
+		default:
+			in.end += got
+			return nil
+		}
+	}
+	if in.c.sock.raw == nil {
+		if err := in.makeRoom(); err != nil {
+			return err
+		}
+		got, err := in.c.stream().Read(in.buf.B[in.end:])
 		in.end += got
 		if got > 0 {
 			return nil
 		}
 		return err
 	}
-	if err := in.raw.Read(in.receive); err != nil {
+	if err := in.c.sock.raw.Read(in.receive); err != nil {
 		return err
 	}
 	if in.err != nil {

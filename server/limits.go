@@ -350,7 +350,7 @@ func (c *conn) turnAway() {
 	if c.s.opts.Oldstyle { // which has no words for it
 		return
 	}
-	_ = c.nc.SetDeadline(time.Now().Add(refusedTime)) // fails only on a closed connection
+	_ = c.sock.nc.SetDeadline(time.Now().Add(refusedTime)) // fails only on a closed connection
 	var in input
 	in.init(c)
 	defer in.release()

@@ -32,6 +32,9 @@ type reader struct {
 	began time.Time
 	calls int
 	bytes uint64
+
+	receives uint64    // so far
+	tempered time.Time // when receives was looked at
 }
 
 const (
@@ -119,6 +122,9 @@ func (r *reader) wait(n int) error {
 	r.sample()
 	r.send()
 	r.in.shrink()
+	if err := r.temper(); err != nil {
+		return err
+	}
 	for {
 		_, err := r.in.need(n)
 		r.arrived = time.Now()
@@ -130,7 +136,7 @@ func (r *reader) wait(n int) error {
 		if len(r.c.slots) == 0 {
 			return err
 		}
-		r.c.wakeReader(lastWords)
+		r.c.sock.wake(lastWords)
 	}
 }
 

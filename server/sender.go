@@ -126,13 +126,24 @@ func (s *sender) write(p []byte) {
 	if status(s.c.status.Load()) == dead {
 		return
 	}
-	if _, err := s.c.stream().Write(p); err != nil {
+	var err error
+	if s.c.sock.hot() {
+		err = s.c.sock.write(p)
+	} else {
+		_, err = s.c.stream().Write(p)
+	}
+	if err != nil {
 		s.failed(err)
 	}
 }
 
 func (s *sender) writeAll(queue []batch) {
-	if status(s.c.status.Load()) != dead {
+	switch {
+	case s.c.sock.hot():
+		for _, b := range queue {
+			s.write(b.buf.B[b.start:b.end])
+		}
+	case status(s.c.status.Load()) != dead:
 		s.pieces = s.pieces[:0]
 		for _, b := range queue {
 			s.pieces = append(s.pieces, b.buf.B[b.start:b.end])
@@ -146,6 +157,17 @@ func (s *sender) writeAll(queue []batch) {
 		s.c.giveBack(&queue[i].held)
 		queue[i].release()
 	}
+}
+
+// pause runs f while nobody writes, unless somebody does: then it returns false.
+func (s *sender) pause(f func()) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.writing {
+		return false
+	}
+	f()
+	return true
 }
 
 // failed gives the connection up: the reader will find it closed.

@@ -60,6 +60,9 @@ type Options struct {
 	// it cuts the connections off; 0 stands for 10 s.
 	DrainTimeout time.Duration
 	Limits       Limits
+
+	maxHot int32         // how many sockets may be hot; 0 stands for maxHot()
+	hotGap time.Duration // with it: how much time there may be between receives
 }
 
 // lastWords is how long an idle client has, after a shutdown, to send a command
@@ -72,6 +75,7 @@ type Server struct {
 	log       *slog.Logger
 	gate      *backend.Gate
 	watcher   watcher
+	hot       atomic.Int32 // how many sockets are
 	slowLines lineLimit
 	exports   exports
 
@@ -113,6 +117,9 @@ func New(o Options) *Server {
 	}
 	if o.DrainTimeout <= 0 {
 		o.DrainTimeout = 10 * time.Second
+	}
+	if o.maxHot == 0 {
+		o.maxHot, o.hotGap = maxHot(), quickGap
 	}
 	log := o.Log
 	if log == nil {
@@ -272,7 +279,7 @@ func (s *Server) drain() {
 		l.Close()
 	}
 	for _, c := range s.conns {
-		c.wakeReader(lastWords)
+		c.sock.wake(lastWords)
 	}
 }
 

@@ -30,11 +30,19 @@ func (c *conn) stream() net.Conn {
 	if c.secure != nil {
 		return c.secure
 	}
-	return c.nc
+	return c.sock.nc
 }
 
 // close ends the connection; nothing is read or written any more.
-func (c *conn) close() { _ = c.stream().Close() } // an error means it is closed already
+func (c *conn) close() {
+	if c.secure != nil {
+		_ = c.secure.Close() // an error means it is closed already
+	}
+	if c.sock.hot() {
+		c.s.hot.Add(-1)
+	}
+	c.sock.close()
+}
 
 // plain tells whether an option must be refused because there is no TLS yet.
 func (n *negotiation) plain(opt protocol.Option) bool {
@@ -65,7 +73,7 @@ func (n *negotiation) startTLS(opt protocol.Option) error {
 		return fmt.Errorf("%v: got %d bytes behind it in plain text, need none: somebody may have put them there", opt, rest)
 	}
 	n.in.release()
-	secure, err := c.s.opts.TLS(c.nc)
+	secure, err := c.s.opts.TLS(c.sock.nc)
 	if err != nil {
 		if !c.s.quitting() {
 			c.log.Error(err.Error())

@@ -2,13 +2,18 @@ package server
 
 import (
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
 const (
-	// tick is how often the watcher looks. A call that is under way at two
-	// ticks loses the connection.
-	tick = time.Millisecond
+	// The watcher looks every minTick. A call that is under way at two looks loses
+	// the connection. After calmTicks without such a call the time between two
+	// looks doubles, up to maxTick: a look costs two wake-ups, which is a tenth
+	// of the speed where requests keep both of two processors busy.
+	minTick   = time.Millisecond
+	maxTick   = 8 * time.Millisecond
+	calmTicks = 64
 	// quietTicks is for how long it goes on looking at a connection where
 	// nothing happens.
 	quietTicks = 16
@@ -21,6 +26,8 @@ type watcher struct {
 	mu      sync.Mutex
 	running bool
 	conns   []watched
+	active  atomic.Int32 // len(conns)
+	calm    int          // looks without a call that lost its connection
 }
 
 type watched struct {
@@ -41,6 +48,7 @@ func (w *watcher) add(c *conn) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.conns = append(w.conns, watched{c: c})
+	w.active.Store(int32(len(w.conns)))
 	if !w.running {
 		w.running = true
 		go w.run()
@@ -48,48 +56,69 @@ func (w *watcher) add(c *conn) {
 }
 
 func (w *watcher) run() {
+	tick := minTick
 	ticker := time.NewTicker(tick)
 	defer ticker.Stop()
 	for range ticker.C {
-		if !w.look() {
+		next := w.look(tick)
+		switch next {
+		case 0:
 			return
+		case tick:
+		default:
+			tick = next
+			ticker.Reset(tick)
 		}
 	}
 }
 
-// look looks at every connection once. It returns false when none is left.
-func (w *watcher) look() bool {
+// look looks at every connection once, tick after the last time. It returns when
+// to look next, or 0 when no connection is left.
+func (w *watcher) look(tick time.Duration) time.Duration {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.calm++
 	kept := w.conns[:0]
 	for _, x := range w.conns {
-		if x.look() {
+		watch, lost := x.look()
+		if watch {
 			kept = append(kept, x)
 		}
+		if lost {
+			tick, w.calm = minTick, 0
+		}
+	}
+	if w.calm == calmTicks {
+		tick, w.calm = min(2*tick, maxTick), 0
 	}
 	clear(w.conns[len(kept):])
 	w.conns = kept
+	w.active.Store(int32(len(kept)))
 	w.running = len(kept) > 0
-	return w.running
+	if !w.running {
+		return 0
+	}
+	return tick
 }
 
-// look returns false when the connection need not be looked at any more.
-func (x *watched) look() bool {
+// look tells whether the connection must be looked at again, and whether a call
+// has just lost it.
+func (x *watched) look() (watch, lost bool) {
 	r := x.c.reader.Load()
 	state := r.state.Load()
 	if state != r.seen {
 		r.seen, x.quiet = state, 0
-		return true
+		return true, false
 	}
 	if state&mask == busy {
 		x.c.takeAway(r, state)
-		return true
+		return true, true
 	}
 	if x.quiet++; x.quiet < quietTicks {
-		return true
+		return true, false
 	}
 	x.c.watched.Store(false)
-	return r.state.Load() != state && x.c.watched.CompareAndSwap(false, true)
+	return r.state.Load() != state && x.c.watched.CompareAndSwap(false, true), false
 }
 
 // takeAway gives the connection to a new reader, unless the call under way of r
@@ -110,7 +139,7 @@ func (c *conn) takeAway(r *reader, state uint64) {
 	// moves to the new reader.
 	c.calling.Add(1)
 	c.slow.Store(true)
-	c.cost.Store(int64(tick))
+	c.cost.Store(int64(minTick))
 	n := newReader(c)
 	r.account() // what waits to be sent need not wait for the call
 	n.arrived = r.arrived

@@ -1,0 +1,233 @@
+package server
+
+import (
+	"net"
+	"os"
+	"runtime"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// A socket is the descriptor of a connection, and how one waits for it.
+//
+// A cold socket is in the runtime's poller, as every net.Conn: a connection that
+// says nothing costs no thread. But the poller wakes a thread whenever something
+// arrives, also where nobody waits for it, and the goroutine then runs on another
+// thread. Where requests follow each other at once that is most of the cost of a
+// request. So a hot socket is not in the poller: its reader blocks in read(2).
+//
+// The reader makes a socket hot or cold, while no call is under way and nobody
+// sends. Others may shut it down at any time.
+type socket struct {
+	mu  sync.Mutex      // held while what follows changes, and by others than the reader
+	nc  net.Conn        // nil while hot
+	raw syscall.RawConn // of nc; nil where that has no descriptor
+	fd  int             // where it was hot at least once: the same socket, outside of the poller; else -1
+}
+
+func (s *socket) init(nc net.Conn) {
+	s.nc, s.fd = nc, -1
+	if sc, ok := nc.(syscall.Conn); ok {
+		if raw, err := sc.SyscallConn(); err == nil {
+			s.raw = raw
+		}
+	}
+}
+
+func (s *socket) hot() bool { return s.nc == nil }
+
+// descriptor is valid until the socket is closed, or is made hot for the first
+// time; -1 if there is none.
+func (s *socket) descriptor() int {
+	fd := s.fd
+	if fd < 0 && s.raw != nil {
+		_ = s.raw.Control(func(d uintptr) { fd = int(d) }) // fails only on a closed connection
+	}
+	return fd
+}
+
+// heat makes a cold socket hot. Where that fails it stays as it is.
+func (s *socket) heat() error {
+	switch s.nc.(type) {
+	case *net.TCPConn, *net.UnixConn: // net.FileConn brings these back
+	default:
+		return syscall.ENOTSUP
+	}
+	if s.fd < 0 {
+		fd, err := unix.FcntlInt(uintptr(s.descriptor()), unix.F_DUPFD_CLOEXEC, 0)
+		if err != nil {
+			return os.NewSyscallError("dup", err)
+		}
+		timeout := unix.NsecToTimeval(int64(hotWait))
+		if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout); err != nil {
+			unix.Close(fd)
+			return os.NewSyscallError("setsockopt", err)
+		}
+		s.mu.Lock()
+		s.fd = fd
+		s.mu.Unlock()
+	}
+	if err := unix.SetNonblock(s.fd, false); err != nil {
+		return os.NewSyscallError("fcntl", err)
+	}
+	s.mu.Lock()
+	nc := s.nc
+	s.nc, s.raw = nil, nil
+	s.mu.Unlock()
+	return nc.Close() // of this descriptor; the socket lives on in fd
+}
+
+// cool makes a hot socket cold.
+func (s *socket) cool() error {
+	if err := unix.SetNonblock(s.fd, true); err != nil {
+		return os.NewSyscallError("fcntl", err)
+	}
+	fd, err := unix.FcntlInt(uintptr(s.fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return os.NewSyscallError("dup", err)
+	}
+	f := os.NewFile(uintptr(fd), "")
+	defer f.Close() // FileConn has its own
+	nc, err := net.FileConn(f)
+	if err != nil {
+		return err
+	}
+	raw, err := nc.(syscall.Conn).SyscallConn()
+	if err != nil {
+		nc.Close()
+		return err
+	}
+	s.mu.Lock()
+	s.nc, s.raw = nc, raw
+	s.mu.Unlock()
+	return nil
+}
+
+// read receives from a hot socket; unix.EAGAIN says that nothing came for
+// hotWait.
+func (s *socket) read(p []byte) (int, error) { return unix.Read(s.fd, p) }
+
+// write sends all of p on a hot socket.
+func (s *socket) write(p []byte) error {
+	for len(p) > 0 {
+		n, err := unix.Write(s.fd, p)
+		if err != nil {
+			if err == unix.EINTR {
+				continue
+			}
+			return os.NewSyscallError("write", err)
+		}
+		p = p[n:]
+	}
+	return nil
+}
+
+// shutdown wakes the reader, a writer, and a module that sleeps
+// (nbdkit_nanosleep). It may be called on any thread.
+func (s *socket) shutdown() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	switch {
+	case s.fd >= 0:
+		_ = unix.Shutdown(s.fd, unix.SHUT_RDWR)
+	case s.raw != nil:
+		_ = s.raw.Control(func(fd uintptr) { _ = unix.Shutdown(int(fd), unix.SHUT_RDWR) })
+	case s.nc != nil:
+		s.nc.Close()
+	}
+}
+
+// wake makes the reader's wait for the client end after d. An error means that
+// the connection is closed, which ends the wait as well. The reader of a hot
+// socket looks by itself whether the server stops.
+func (s *socket) wake(d time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.nc != nil {
+		_ = s.nc.SetReadDeadline(time.Now().Add(d))
+	}
+}
+
+func (s *socket) close() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.nc != nil {
+		_ = s.nc.Close()
+	}
+	if s.fd >= 0 {
+		unix.Close(s.fd)
+		s.fd = -1
+	}
+}
+
+const (
+	// hotWait is how long the reader of a hot socket waits for more. After that
+	// the socket is cold again, which costs some ten system calls.
+	hotWait = 20 * time.Millisecond
+	// temperEvery receives that took less than quickGap each make a socket hot.
+	temperEvery = 32
+	quickGap    = 200 * time.Microsecond
+)
+
+// maxHot is how many sockets may be hot at a time: the reader of each keeps a
+// thread, and with more of them than processors the poller does better.
+func maxHot() int32 {
+	if runtime.GOMAXPROCS(0) < 4 {
+		return 0
+	}
+	return max(1, int32(runtime.NumCPU()/2))
+}
+
+// temper makes the connection hot where requests follow each other at once, and
+// cold where other connections are active. It is called before a receive.
+func (r *reader) temper() error {
+	c := r.c
+	if r.receives++; r.receives%temperEvery != 0 {
+		return nil
+	}
+	crowded := c.s.watcher.active.Load() > c.s.opts.maxHot
+	if c.sock.hot() {
+		if crowded {
+			return c.cool()
+		}
+		return nil
+	}
+	now := time.Now()
+	quick := now.Sub(r.tempered) < temperEvery*c.s.opts.hotGap
+	r.tempered = now
+	if !quick || crowded || c.secure != nil || c.slow.Load() || len(c.slots) > 0 {
+		return nil
+	}
+	if c.s.hot.Add(1) > c.s.opts.maxHot || !c.sender.pause(c.heat) || !c.sock.hot() {
+		c.s.hot.Add(-1)
+	}
+	return nil
+}
+
+func (c *conn) heat() {
+	if err := c.sock.heat(); err != nil {
+		c.call.Debugf("make connection hot: %v", err)
+		return
+	}
+	c.peer.Move(c.sock.descriptor())
+}
+
+// cool makes a hot connection cold, unless calls are under way.
+func (c *conn) cool() (err error) {
+	if len(c.slots) > 0 {
+		return nil
+	}
+	c.sender.pause(func() {
+		if err = c.sock.cool(); err != nil {
+			return
+		}
+		c.s.hot.Add(-1)
+		if c.s.quitting() {
+			c.sock.wake(lastWords) // in vain for a hot socket when Shutdown came
+		}
+	})
+	return err
+}

@@ -1,0 +1,172 @@
+package server
+
+import (
+	"bytes"
+	"net"
+	"os"
+	"runtime"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"nbdhost/backend"
+	"nbdhost/protocol"
+)
+
+// hot serves h with one connection that has become hot.
+func hot(t *testing.T, h *hooked, o Options) (s *Server, nc net.Conn) {
+	t.Helper()
+	o.maxHot, o.hotGap = 1, time.Hour
+	s, _, path := serve(t, h, o)
+	nc = raw(t, path)
+	ask(t, nc, 2*temperEvery)
+	if s.hot.Load() != 1 {
+		t.Fatal("the connection did not become hot")
+	}
+	return s, nc
+}
+
+// ask makes n requests, one after the other.
+func ask(t *testing.T, nc net.Conn, n int) {
+	t.Helper()
+	data := bytes.Repeat([]byte("data"), 1024)
+	for i := range n {
+		r := protocol.Request{Type: protocol.CmdWrite, Cookie: uint64(i), Offset: 4096, Length: 4096}
+		if _, err := nc.Write(append(request(r), data...)); err != nil {
+			t.Fatal(err)
+		}
+		if r := readReply(t, nc, 0); r.Errno != 0 || r.Cookie != uint64(i) {
+			t.Fatalf("got %+v", r)
+		}
+	}
+}
+
+func await(t *testing.T, what string, f func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); !f(); runtime.Gosched() {
+		if time.Now().After(deadline) {
+			t.Fatal("deadline exceeded: " + what)
+		}
+	}
+}
+
+func descriptors(t *testing.T) int {
+	t.Helper()
+	d, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(d)
+}
+
+// A connection goes from hot to cold and back without losing anything.
+func TestHotAndCold(t *testing.T) {
+	var fd atomic.Int64
+	h := newHooked()
+	h.before = func(c *backend.Call, _ backend.Callback, _ uint64) error {
+		fd.Store(int64(c.Conn.FD))
+		return nil
+	}
+	s, nc := hot(t, h, Options{})
+	n := descriptors(t)
+	for range 3 {
+		await(t, "the socket cools", func() bool { return s.hot.Load() == 0 })
+		ask(t, nc, 2*temperEvery)
+		if s.hot.Load() != 1 {
+			t.Fatal("the connection did not become hot again")
+		}
+	}
+	if domain, err := unix.GetsockoptInt(int(fd.Load()), unix.SOL_SOCKET, unix.SO_DOMAIN); err != nil || domain != unix.AF_UNIX {
+		t.Errorf("descriptor for modules: got domain %d, %v", domain, err)
+	}
+	if got := descriptors(t); got != n {
+		t.Errorf("got %d descriptors, want %d", got, n)
+	}
+}
+
+// A second connection that is active makes the first one cold, and the reader that
+// had it loses nothing.
+func TestHotGivesWay(t *testing.T) {
+	s, uri, path := serve(t, newHooked(), Options{maxHot: 1, hotGap: time.Hour})
+	nc := raw(t, path)
+	ask(t, nc, 2*temperEvery)
+	other := dial(t, uri, nil)
+	p := make([]byte, 4096)
+	await(t, "the first connection gives way", func() bool {
+		if err := other.Pread(p, 0); err != nil {
+			t.Fatal(err)
+		}
+		ask(t, nc, 1)
+		return s.hot.Load() == 0
+	})
+}
+
+// What ends a connection ends a hot one.
+func TestHotEnds(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		end  func(*Server, net.Conn)
+	}{
+		{"shutdown", func(s *Server, _ net.Conn) { s.Shutdown() }},
+		{"forced disconnect", func(s *Server, _ net.Conn) { s.Disconnect(1, true) }},
+		{"client closes", func(_ *Server, nc net.Conn) { nc.Close() }},
+		{"client disconnects", func(_ *Server, nc net.Conn) { nc.Write(request(protocol.Request{Type: protocol.CmdDisc})) }},
+		{"garbage", func(_ *Server, nc net.Conn) { nc.Write([]byte(strings.Repeat("garbage", 10))) }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			h := newHooked()
+			s, nc := hot(t, h, Options{})
+			tt.end(s, nc)
+			await(t, "the connection is closed", func() bool { return h.closes.Load() == 1 })
+			await(t, "it is forgotten", func() bool { return s.hot.Load() == 0 })
+		})
+	}
+}
+
+// A call on a hot connection that takes long does not hold up the others.
+func TestHotSlowCall(t *testing.T) {
+	h := newHooked()
+	const slow = 1 << 20
+	gate := make(chan struct{})
+	h.before = func(_ *backend.Call, cb backend.Callback, off uint64) error {
+		if off == slow {
+			<-gate
+		}
+		return nil
+	}
+	s, nc := hot(t, h, Options{})
+	r := protocol.Request{Type: protocol.CmdRead, Cookie: 99, Offset: slow, Length: 4096}
+	if _, err := nc.Write(request(r)); err != nil {
+		t.Fatal(err)
+	}
+	ask(t, nc, 3*temperEvery)
+	if s.hot.Load() != 1 {
+		t.Error("the connection became cold while a call was under way") // FD must not change then
+	}
+	close(gate)
+	if r := readReply(t, nc, 4096); r.Cookie != 99 || r.Errno != 0 {
+		t.Fatalf("got %+v", r)
+	}
+	ask(t, nc, 1)
+}
+
+// A client that does not read holds up neither its reader nor the end.
+func TestHotNeverReads(t *testing.T) {
+	h := newHooked()
+	s, nc := hot(t, h, Options{DrainTimeout: time.Millisecond})
+	var b []byte
+	for i := range 512 {
+		b = append(b, request(protocol.Request{Type: protocol.CmdRead, Cookie: uint64(i), Length: 1 << 20})...)
+	}
+	nc.SetWriteDeadline(time.Now().Add(10 * time.Second))
+	if _, err := nc.Write(b); err != nil {
+		t.Fatal(err)
+	}
+	s.Shutdown()
+	if !s.Wait() {
+		t.Error("the server did not end")
+	}
+}
