@@ -17,16 +17,16 @@ import (
 )
 
 // hot serves h with one connection that has become hot.
-func hot(t *testing.T, h *hooked, o Options) (s *Server, nc net.Conn) {
+func hot(t *testing.T, h *hooked, o Options) (s *Server, nc net.Conn, uri string) {
 	t.Helper()
 	o.maxHot, o.hotGap = 1, time.Hour
-	s, _, path := serve(t, h, o)
+	s, uri, path := serve(t, h, o)
 	nc = raw(t, path)
 	ask(t, nc, 2*temperEvery)
 	if s.hot.Load() != 1 {
 		t.Fatal("the connection did not become hot")
 	}
-	return s, nc
+	return s, nc, uri
 }
 
 // ask makes n requests, one after the other.
@@ -70,7 +70,7 @@ func TestHotAndCold(t *testing.T) {
 		fd.Store(int64(c.Conn.FD))
 		return nil
 	}
-	s, nc := hot(t, h, Options{})
+	s, nc, _ := hot(t, h, Options{})
 	n := descriptors(t)
 	for range 3 {
 		await(t, "the socket cools", func() bool { return s.hot.Load() == 0 })
@@ -118,7 +118,7 @@ func TestHotEnds(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			h := newHooked()
-			s, nc := hot(t, h, Options{})
+			s, nc, _ := hot(t, h, Options{})
 			tt.end(s, nc)
 			await(t, "the connection is closed", func() bool { return h.closes.Load() == 1 })
 			await(t, "it is forgotten", func() bool { return s.hot.Load() == 0 })
@@ -137,12 +137,20 @@ func TestHotSlowCall(t *testing.T) {
 		}
 		return nil
 	}
-	s, nc := hot(t, h, Options{})
+	s, nc, uri := hot(t, h, Options{})
 	r := protocol.Request{Type: protocol.CmdRead, Cookie: 99, Offset: slow, Length: 4096}
 	if _, err := nc.Write(request(r)); err != nil {
 		t.Fatal(err)
 	}
-	ask(t, nc, 3*temperEvery)
+	other := dial(t, uri, nil)
+	p := make([]byte, 4096)
+	await(t, "the other connection is active", func() bool {
+		if err := other.Pread(p, 0); err != nil {
+			t.Fatal(err)
+		}
+		return s.watcher.active.Load() == 2
+	})
+	ask(t, nc, 3*temperEvery) // which would make it cold
 	if s.hot.Load() != 1 {
 		t.Error("the connection became cold while a call was under way") // FD must not change then
 	}
@@ -156,7 +164,7 @@ func TestHotSlowCall(t *testing.T) {
 // A client that does not read holds up neither its reader nor the end.
 func TestHotNeverReads(t *testing.T) {
 	h := newHooked()
-	s, nc := hot(t, h, Options{DrainTimeout: time.Millisecond})
+	s, nc, _ := hot(t, h, Options{DrainTimeout: time.Millisecond})
 	var b []byte
 	for i := range 512 {
 		b = append(b, request(protocol.Request{Type: protocol.CmdRead, Cookie: uint64(i), Length: 1 << 20})...)
