@@ -1,18 +1,51 @@
-# Two stages: Go and a C compiler build the program; Debian's nbdkit package
-# brings the plugins that it serves.
+# An image with nbdhost and the plugins and filters of Debian's nbdkit package:
+#
+#     docker build -t nbdhost .
+#     docker run --rm -p 10809:10809 --read-only --cap-drop=ALL nbdhost memory 1G
+#
+# docs/operations.md says more.
+
 FROM golang:1.26-bookworm AS build
+ARG GOPROXY
 WORKDIR /src
 COPY go.mod go.sum ./
-RUN go mod download
+RUN --mount=type=cache,target=/go/pkg/mod go mod download
 COPY . .
-RUN go build -trimpath -ldflags=-s -o /nbdhost ./cmd/nbdhost
+ARG VERSION=
+RUN --mount=type=cache,target=/go/pkg/mod --mount=type=cache,target=/root/.cache/go-build \
+    go build -trimpath -buildvcs=false -ldflags="-s -w ${VERSION:+-X main.version=$VERSION}" -o /nbdhost ./cmd/nbdhost \
+ && deploy/notices.sh /nbdhost >/copyright
 
 FROM debian:bookworm-slim
-RUN apt-get update \
+# Debian has the plugins, the filters and nbdkit itself in one package. The last is left
+# out: /usr/bin/nbdkit is a link to nbdhost.
+RUN echo path-exclude=/usr/bin/nbdkit >/etc/dpkg/dpkg.cfg.d/nbdhost \
+ && apt-get update \
  && apt-get install -y --no-install-recommends nbdkit \
- && rm -rf /var/lib/apt/lists/*
+ && rm -rf /var/lib/apt/lists/* /var/cache/apt/*.bin /var/log/apt /var/log/dpkg.log /var/log/alternatives.log \
+ && ln -s /usr/local/bin/nbdhost /usr/bin/nbdkit
+# What the curl plugin trusts.
+COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/
+COPY --from=build /copyright /usr/share/doc/nbdhost/copyright
 COPY --from=build /nbdhost /usr/local/bin/nbdhost
-USER nobody
+
+# Plugins and filters of one's own are found by name in a directory mounted here.
+ENV NBDHOST_PLUGIN_PATH=/plugins NBDHOST_FILTER_PATH=/plugins
+
+# Where plugins and filters that need a temporary file make it: where the root file
+# system is read-only, one writable /tmp is enough.
+ENV TMPDIR=/tmp
+
+# nobody, as a number: Kubernetes' runAsNonRoot understands no names.
+USER 65534:65534
 EXPOSE 10809
-ENTRYPOINT ["/usr/local/bin/nbdhost", "--foreground"]
-CMD ["memory", "64M"]
+ENTRYPOINT ["nbdhost", "--foreground"]
+
+ARG VERSION=
+ARG REVISION=
+LABEL org.opencontainers.image.title="nbdhost" \
+      org.opencontainers.image.description="NBD server that runs nbdkit plugins" \
+      org.opencontainers.image.licenses="BSD-3-Clause" \
+      org.opencontainers.image.version="$VERSION" \
+      org.opencontainers.image.revision="$REVISION" \
+      org.opencontainers.image.base.name="docker.io/library/debian:bookworm-slim"

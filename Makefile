@@ -13,7 +13,10 @@ TEST_PACKAGES = $(RUN_PACKAGES) binutils nbdkit-plugin-dev libnbd0 python3-libnb
 	nbdkit-plugin-guestfs nbdkit-plugin-libvirt libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients \
 	python3-boto3 g++ lzip mandoc groff zsh fish
 
-.PHONY: all build install uninstall run test lint fuzz fuzz-differential bench clean
+DEPLOY_PACKAGES = $(RUN_PACKAGES) binutils python3-libnbd xz-utils systemd mmdebstrap buildah podman runc \
+	containernetworking-plugins iptables
+
+.PHONY: all build install uninstall run test lint fuzz fuzz-differential bench image deb test-deploy clean
 all: build
 
 # install PACKAGES, those of them that are missing. dpkg-query exits with an error
@@ -33,7 +36,7 @@ define install
 endef
 
 build:
-	$(GO) build -trimpath -o $(BIN) ./cmd/nbdhost
+	$(GO) build -trimpath $(if $(LDFLAGS),-ldflags='$(LDFLAGS)') -o $(BIN) ./cmd/nbdhost
 
 # Installs the program, its manual page and completions. PREFIX=DIR is where to
 # (/usr/local), DESTDIR=DIR is put before that for packages, and NBDKIT=yes adds a
@@ -91,6 +94,7 @@ lint:
 	$(GO) tool staticcheck ./...
 	$(GO) mod tidy -diff
 	$(GO) mod verify
+	cd deploy && $(GO) vet ./... && $(GO) mod tidy -diff && $(GO) mod verify
 
 # Every fuzz target for FUZZTIME each.
 fuzz:
@@ -116,6 +120,26 @@ bench:
 	$(MAKE) --no-print-directory build
 	$(GO) run ./tests/bench --nbdhost $(BIN) $(if $(ROWS),--rows '$(ROWS)') $(if $(ROUNDS),--rounds $(ROUNDS)) \
 	    $(if $(SECONDS),--seconds $(SECONDS)) $(if $(DOC),--doc $(DOC)) $(if $(PERF),--perf $(PERF))
+
+# Builds the image of the Dockerfile, where need be with images to begin with made of
+# Debian's packages (deploy/containers.sh), and tests what is in it. Who has docker, or
+# podman and a registry, needs none of this: docker build .
+image:
+	$(call install,$(DEPLOY_PACKAGES))
+	deploy/containers.sh buildah bud --isolation chroot --format docker --pull-never --layers \
+	    --build-arg GOPROXY="$$($(GO) env GOPROXY)" --build-arg REVISION="$$(git rev-parse HEAD)" \
+	    --build-arg VERSION="$$(sed -n 's/^var version = "\(.*\)"/\1/p' cmd/nbdhost/config.go)" --tag nbdhost .
+	cd deploy && $(GO) test -count=1 -v -run '^TestImage' .
+
+# Makes bin/nbdhost_VERSION_ARCH.deb.
+deb:
+	$(call install,gcc libc6-dev binutils)
+	deploy/deb.sh bin
+
+# Runs what is in deploy/, but for the image.
+test-deploy:
+	$(call install,$(DEPLOY_PACKAGES))
+	cd deploy && $(GO) vet . && $(GO) test -count=1 -skip '^TestImage' .
 
 clean:
 	rm -rf bin

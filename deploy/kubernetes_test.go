@@ -1,0 +1,220 @@
+package deploy
+
+import (
+	"bytes"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	appsv1 "k8s.io/api/apps/v1"
+	batchv1 "k8s.io/api/batch/v1"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
+	"k8s.io/apimachinery/pkg/runtime"
+	utilyaml "k8s.io/apimachinery/pkg/util/yaml"
+	"sigs.k8s.io/yaml"
+)
+
+// decode reads the objects of a manifest as strictly as the API server does with
+// --validate=strict: a field that the schema does not have, or twice, is an error.
+func decode(t *testing.T, path string) (objects []runtime.Object) {
+	t.Helper()
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for docs := utilyaml.NewDocumentDecoder(io.NopCloser(bytes.NewReader(text))); ; {
+		doc := make([]byte, len(text))
+		n, err := docs.Read(doc)
+		if err == io.EOF {
+			return objects
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		var kind struct{ APIVersion, Kind string }
+		if err := yaml.Unmarshal(doc[:n], &kind); err != nil {
+			t.Fatal(err)
+		}
+		object, ok := map[string]runtime.Object{
+			"v1 Secret": &corev1.Secret{}, "v1 Service": &corev1.Service{}, "apps/v1 Deployment": &appsv1.Deployment{},
+			"apps/v1 StatefulSet": &appsv1.StatefulSet{}, "batch/v1 Job": &batchv1.Job{},
+		}[kind.APIVersion+" "+kind.Kind]
+		if !ok {
+			t.Fatalf("%s: got kind %q of %q: add it to this test", path, kind.Kind, kind.APIVersion)
+		}
+		if err := yaml.UnmarshalStrict(doc[:n], object); err != nil {
+			t.Errorf("%s: %s: %v", path, kind.Kind, err)
+		}
+		objects = append(objects, object)
+	}
+}
+
+// podOf returns what an object says about its pods, and the labels by which it finds them.
+func podOf(o runtime.Object) (pod *corev1.PodTemplateSpec, selector map[string]string) {
+	switch o := o.(type) {
+	case *appsv1.Deployment:
+		return &o.Spec.Template, o.Spec.Selector.MatchLabels
+	case *appsv1.StatefulSet:
+		return &o.Spec.Template, o.Spec.Selector.MatchLabels
+	case *batchv1.Job:
+		return &o.Spec.Template, nil
+	}
+	return nil, nil
+}
+
+func contains(labels, selector map[string]string) bool {
+	for k, v := range selector {
+		if labels[k] != v {
+			return false
+		}
+	}
+	return true
+}
+
+// eachManifest runs f on the objects of each manifest, and on the pods among them.
+func eachManifest(t *testing.T, f func(t *testing.T, objects []runtime.Object, pod *corev1.PodTemplateSpec)) {
+	files, _ := filepath.Glob("kubernetes/*.yaml")
+	if len(files) < 3 {
+		t.Fatalf("find manifests: got %q", files)
+	}
+	for _, file := range files {
+		t.Run(filepath.Base(file), func(t *testing.T) {
+			objects := decode(t, file)
+			pods := 0
+			for _, o := range objects {
+				if pod, _ := podOf(o); pod != nil {
+					pods++
+					f(t, objects, pod)
+				}
+			}
+			if pods != 1 {
+				t.Errorf("got %d objects with pods, need 1", pods)
+			}
+		})
+	}
+}
+
+// TestKubernetesSchema reads the manifests strictly, and looks for what the schema does
+// not say: names that must be the same in two places.
+func TestKubernetesSchema(t *testing.T) {
+	eachManifest(t, func(t *testing.T, objects []runtime.Object, pod *corev1.PodTemplateSpec) {
+		volumes := map[string]bool{}
+		for _, v := range pod.Spec.Volumes {
+			volumes[v.Name] = true
+		}
+		for _, o := range objects {
+			if _, selector := podOf(o); !contains(pod.Labels, selector) {
+				t.Errorf("selector %v does not fit the labels %v", selector, pod.Labels)
+			}
+			switch o := o.(type) {
+			case *corev1.Service:
+				if !contains(pod.Labels, o.Spec.Selector) {
+					t.Errorf("service %s: selector %v does not fit the labels %v", o.Name, o.Spec.Selector, pod.Labels)
+				}
+				for _, p := range o.Spec.Ports {
+					if !hasPort(pod.Spec.Containers, p.TargetPort.StrVal) {
+						t.Errorf("service %s: no container has the port %q", o.Name, p.TargetPort.StrVal)
+					}
+				}
+			case *appsv1.StatefulSet:
+				for _, c := range o.Spec.VolumeClaimTemplates {
+					volumes[c.Name] = true
+				}
+				if !slices.ContainsFunc(objects, func(s runtime.Object) bool {
+					service, ok := s.(*corev1.Service)
+					return ok && service.Name == o.Spec.ServiceName && service.Spec.ClusterIP == corev1.ClusterIPNone
+				}) {
+					t.Errorf("stateful set %s: its service %q is not there, or not headless", o.Name, o.Spec.ServiceName)
+				}
+			}
+		}
+		for _, v := range pod.Spec.Volumes {
+			if v.Secret != nil && !slices.ContainsFunc(objects, func(s runtime.Object) bool {
+				secret, ok := s.(*corev1.Secret)
+				return ok && secret.Name == v.Secret.SecretName
+			}) {
+				t.Errorf("volume %s: the secret %q is not there", v.Name, v.Secret.SecretName)
+			}
+		}
+		for _, c := range append(pod.Spec.InitContainers, pod.Spec.Containers...) {
+			for _, m := range c.VolumeMounts {
+				if !volumes[m.Name] {
+					t.Errorf("container %s mounts %q, which is no volume", c.Name, m.Name)
+				}
+			}
+		}
+	})
+}
+
+func hasPort(containers []corev1.Container, name string) bool {
+	return slices.ContainsFunc(containers, func(c corev1.Container) bool {
+		return slices.ContainsFunc(c.Ports, func(p corev1.ContainerPort) bool { return p.Name == name })
+	})
+}
+
+// TestKubernetesRestricted holds the pods to Kubernetes' Pod Security Standard
+// "restricted", with a read-only root file system on top.
+func TestKubernetesRestricted(t *testing.T) {
+	eachManifest(t, func(t *testing.T, _ []runtime.Object, pod *corev1.PodTemplateSpec) {
+		s := pod.Spec.SecurityContext
+		if s == nil || !*s.RunAsNonRoot || *s.RunAsUser == 0 || s.SeccompProfile.Type != corev1.SeccompProfileTypeRuntimeDefault {
+			t.Errorf("pod: got security context %v", s)
+		}
+		if *pod.Spec.AutomountServiceAccountToken {
+			t.Error("pod: a token for the API server is mounted, which nobody needs")
+		}
+		for _, c := range append(pod.Spec.InitContainers, pod.Spec.Containers...) {
+			s := c.SecurityContext
+			if s == nil || *s.AllowPrivilegeEscalation || !*s.ReadOnlyRootFilesystem || !slices.Equal(s.Capabilities.Drop, []corev1.Capability{"ALL"}) {
+				t.Errorf("container %s: got security context %v", c.Name, s)
+			}
+		}
+	})
+}
+
+// server returns the container that runs nbdhost.
+func server(t *testing.T, pod *corev1.PodTemplateSpec) *corev1.Container {
+	t.Helper()
+	for _, list := range [][]corev1.Container{pod.Spec.InitContainers, pod.Spec.Containers} {
+		for i := range list {
+			if list[i].Name == "nbdhost" {
+				return &list[i]
+			}
+		}
+	}
+	t.Fatal("no container is named nbdhost")
+	return nil
+}
+
+// TestKubernetesGrace holds the time before SIGKILL to what the server may take.
+func TestKubernetesGrace(t *testing.T) {
+	eachManifest(t, func(t *testing.T, _ []runtime.Object, pod *corev1.PodTemplateSpec) {
+		c := server(t, pod)
+		needed := 10 // of --drain-timeout
+		for _, arg := range c.Args {
+			if v, ok := strings.CutPrefix(arg, "--drain-timeout="); ok {
+				var err error
+				if needed, err = strconv.Atoi(v); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		if c.Lifecycle != nil {
+			n, err := strconv.Atoi(c.Lifecycle.PreStop.Exec.Command[1])
+			if err != nil {
+				t.Fatal(err)
+			}
+			needed += n
+		}
+		if got := *pod.Spec.TerminationGracePeriodSeconds; got <= int64(needed) {
+			t.Errorf("got a grace period of %d s: preStop and --drain-timeout take up to %d", got, needed)
+		}
+		if c.Resources.Limits.Memory().Cmp(resource.MustParse("64Mi")) < 0 {
+			t.Errorf("got a limit of memory of %v", c.Resources.Limits.Memory())
+		}
+	})
+}
