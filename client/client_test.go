@@ -43,6 +43,7 @@ func TestReadWrite(t *testing.T) {
 		"export name": {NoGo: true},
 		"zeroes":      {NoGo: true, Decline: protocol.FlagNoZeroes},
 		"not fixed":   {Decline: protocol.FlagFixedNewstyle},
+		"blocking":    {Blocking: true},
 	}
 	for server, start := range servers {
 		for option, opts := range options {
@@ -161,7 +162,25 @@ func TestErrorMessage(t *testing.T) {
 
 // TestAio has many goroutines with many commands each on one connection.
 func TestAio(t *testing.T) {
-	c := connect(t, nbdkit(t, "memory", "64M"), nil)
+	uri := nbdkit(t, "memory", "64M")
+	withEach(t, func(t *testing.T, way func(net.Conn, Options) (*Conn, error)) { testAio(t, uri, way) })
+}
+
+func testAio(t *testing.T, uri string, way func(net.Conn, Options) (*Conn, error)) {
+	u, err := protocol.ParseURI(uri)
+	if err != nil {
+		t.Fatal(err)
+	}
+	network, address := u.Address()
+	nc, err := net.Dial(network, address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := way(nc, Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
 	const goroutines, commands, length = 8, 200, 3000
 	var mu sync.Mutex
 	calls := make(map[uint64]int)
@@ -320,8 +339,8 @@ func TestLost(t *testing.T) {
 func TestDial(t *testing.T) {
 	tests := map[string]string{
 		"http://localhost/":                "scheme",
-		"nbds://localhost/":                "TLS",
-		"nbd+vsock://1/":                   "vsock",
+		"nbds://localhost/":                "import nbdhost/client/nbds",
+		"nbd+vsock://1:4294967294/":        "dial vsock 1:4294967294: ",
 		"nbd+unix:///?socket=/nonexistent": "no such file",
 	}
 	for uri, says := range tests {

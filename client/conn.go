@@ -41,11 +41,23 @@ type Options struct {
 	// costs less. It is for few connections at a time, and has no effect under TLS.
 	Blocking bool
 	// TLS does the client's side of a TLS handshake with the server of an nbds
-	// URI, within ctx: nbdtls.Client, for example. Without it such URIs fail.
-	TLS func(ctx context.Context, nc net.Conn, uri *protocol.URI) (net.Conn, error)
+	// URI, within ctx. nil is what RegisterTLS was given; without either such URIs
+	// fail.
+	TLS TLSFunc
 
 	secure *protocol.URI // the one that demands TLS, or nil
 }
+
+// TLSFunc does the client's side of a TLS handshake on nc with the server that an
+// nbds URI names, within ctx, and returns the connection to go on with: nbdtls.Client,
+// for example.
+type TLSFunc func(ctx context.Context, nc net.Conn, uri *protocol.URI) (net.Conn, error)
+
+var registeredTLS TLSFunc
+
+// RegisterTLS sets what does TLS where Options.TLS is nil. It is for init functions:
+// importing nbdhost/client/nbds calls it.
+func RegisterTLS(f TLSFunc) { registeredTLS = f }
 
 // Export is what a server says of one of its exports.
 type Export struct {
@@ -112,20 +124,24 @@ func dial(ctx context.Context, uri string, opts *Options) (net.Conn, *Options, e
 	if err != nil {
 		return nil, nil, err
 	}
-	if u.Transport == protocol.TransportVsock {
-		return nil, nil, fmt.Errorf("dial %s: this client has no vsock; use TCP or a Unix socket", u)
-	}
 	var o Options
 	if opts != nil {
 		o = *opts
 	}
 	if u.TLS {
 		if o.secure = u; o.TLS == nil {
-			return nil, nil, fmt.Errorf("dial %s: got no Options.TLS: need it for a URI with TLS", u)
+			o.TLS = registeredTLS
+		}
+		if o.TLS == nil {
+			return nil, nil, fmt.Errorf("dial %s: no TLS in this program: import nbdhost/client/nbds, or set Options.TLS", u)
 		}
 	}
 	if o.Export == "" {
 		o.Export = u.Export
+	}
+	if u.Transport == protocol.TransportVsock {
+		nc, err := dialVsock(ctx, u.CID, u.Port)
+		return nc, &o, err
 	}
 	network, address := u.Address()
 	var d net.Dialer

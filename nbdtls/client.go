@@ -23,7 +23,8 @@ import (
 // a Unix socket; tls-hostname names another), by ca-cert.pem in the directory
 // tls-certificates, else in the first of [DefaultDirectories], else by the
 // authorities that the system trusts. If there are client-cert.pem and
-// client-key.pem they are shown to the server. ctx bounds the handshake.
+// client-key.pem they are shown to the server. With tls-verify-peer=false the server's
+// certificate may be anything. ctx bounds the handshake.
 func Client(ctx context.Context, nc net.Conn, uri *protocol.URI) (net.Conn, error) {
 	stop := context.AfterFunc(ctx, func() { nc.SetDeadline(time.Unix(1, 0)) })
 	c, err := clientHandshake(nc, uri)
@@ -48,6 +49,13 @@ func clientHandshake(nc net.Conn, uri *protocol.URI) (Conn, error) {
 	}
 	if config.ServerName == "" {
 		config.ServerName = "localhost"
+	}
+	switch verify := uri.Params.Get("tls-verify-peer"); verify {
+	case "", "true", "1":
+	case "false", "0":
+		config.InsecureSkipVerify = true
+	default:
+		return nil, fmt.Errorf("got tls-verify-peer=%s, need true or false", verify)
 	}
 	dir, err := clientDirectory(uri.Params.Get("tls-certificates"))
 	if err != nil {

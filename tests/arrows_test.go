@@ -25,7 +25,9 @@ var arrows = map[string][]string{
 	"nbdhost/monitor":     {"nbdhost/protocol", "nbdhost/backend", "nbdhost/server"},
 	"nbdhost/cmd/nbdhost": {"nbdhost/loader", "nbdhost/server", "nbdhost/backend", "nbdhost/protocol", "nbdhost/nbdtls", "nbdhost/check", "nbdhost/monitor"},
 	"nbdhost/tests":       nil,
-	"nbdhost/tests/bench": nil,
+	"nbdhost/client/nbds": {"nbdhost/client", "nbdhost/nbdtls"},
+	"nbdhost/tests/bench": {"nbdhost/client", "nbdhost/client/nbds"},
+	"nbdhost/tests/vsock": {"nbdhost/client"},
 	"nbdhost/tests/pki":   nil,
 }
 

@@ -87,7 +87,7 @@ kill $server; wait $server
 # vsock, if the server has it, through the loopback of this machine.
 if nbdhost -f -P /tmp/pid4 --vsock --port 10810 memory 1M & server=$!; then
   while [ ! -s /tmp/pid4 ] && kill -0 $server 2>/dev/null; do usleep 10000; done
-  kill -0 $server && vsock-client 1 10810 && echo "ok vsock"
+  kill -0 $server && vsock-client nbd+vsock://1:10810 && echo "ok vsock"
   kill $server; wait $server
 fi
 echo "the end"
@@ -195,7 +195,7 @@ func makeRoot(t *testing.T, packages, program, root string) (vmlinuz string) {
 	if err := os.MkdirAll(filepath.Dir(client), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	command(t, "gcc", "-static", "-O1", "-Wall", "-Werror", "-o", client, "fixtures/vsock-client.c")
+	command(t, "env", "CGO_ENABLED=0", "go", "build", "-o", client, "nbdhost/tests/vsock")
 	install(filepath.Join(packages, "bin/busybox"), "bin/busybox")
 	install(program, "bin/nbdhost")
 	memory := "/usr/lib/x86_64-linux-gnu/nbdkit/plugins/nbdkit-memory-plugin.so"

@@ -17,7 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"nbdhost/client"
-	"nbdhost/nbdtls"
+	_ "nbdhost/client/nbds"
 )
 
 // The load generator is this program too, started again with the arguments
@@ -103,7 +103,7 @@ func loadMain(args []string, stdin io.Reader, stdout io.Writer) error {
 // as long as there is a processor for each.
 func (l *load) dial(ctx context.Context) (*client.Conn, error) {
 	status := l.op == "status"
-	opts := &client.Options{NoGo: true, SimpleReplies: !status, CompactHeaders: true, TLS: nbdtls.Client,
+	opts := &client.Options{NoGo: true, SimpleReplies: !status, CompactHeaders: true,
 		Blocking: l.mode != "idle" && l.conns <= runtime.NumCPU()}
 	return client.Dial(ctx, l.uri, opts)
 }
