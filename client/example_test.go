@@ -246,6 +246,189 @@ func ExampleConn_BlockStatus() {
 	// 65536 bytes copied
 }
 
+// A disk is copied by several connections at a time, where the server says that this
+// is safe; what is zero is not read.
+func Example_copy() {
+	from, stopFrom := serveMem(4 << 20)
+	defer stopFrom()
+	to, stopTo := serveMem(4 << 20)
+	defer stopTo()
+	write(from, "somewhere", 3<<20)
+
+	const piece = 1 << 20
+	ctx, cancel := context.WithCancelCause(context.Background())
+	defer cancel(nil)
+	pieces := make(chan uint64)
+	var all sync.WaitGroup
+	for range 4 {
+		all.Go(func() {
+			if err := copyPieces(ctx, from, to, pieces, piece); err != nil {
+				cancel(err) // the others end as well
+			}
+		})
+	}
+	for off := uint64(0); off < 4<<20; off += piece {
+		select {
+		case pieces <- off:
+		case <-ctx.Done():
+		}
+	}
+	close(pieces)
+	all.Wait()
+	fmt.Println(context.Cause(ctx), read(to, 3<<20))
+	// Output: <nil> somewhere
+}
+
+// copyPieces copies the pieces that it is told of, each of size bytes at most, on two
+// connections of its own.
+func copyPieces(ctx context.Context, from, to string, pieces <-chan uint64, size uint64) error {
+	source, err := client.Dial(ctx, from, nil)
+	if err != nil {
+		return err
+	}
+	defer source.Close()
+	target, err := client.Dial(ctx, to, nil)
+	if err != nil {
+		return err
+	}
+	defer target.Close()
+	buf := make([]byte, size)
+	for off := range pieces {
+		for end := min(off+size, source.Size()); off < end; {
+			status, err := source.With(ctx).BlockStatus(end-off, off, 0)
+			if err != nil {
+				return err
+			}
+			for _, run := range status[protocol.ContextBaseAllocation] {
+				n := min(run.Length, end-off)
+				if run.Flags&protocol.StateZero != 0 {
+					err = target.With(ctx).Zero(n, off, 0)
+				} else if err = source.With(ctx).Pread(buf[:n], off); err == nil {
+					err = target.With(ctx).Pwrite(buf[:n], off, 0)
+				}
+				if err != nil {
+					return err
+				}
+				off += n
+			}
+		}
+	}
+	if err := target.With(ctx).Flush(); err != nil {
+		return err
+	}
+	return errors.Join(source.With(ctx).Disconnect(), target.With(ctx).Disconnect())
+}
+
+// write and read are for examples about something else.
+func write(uri, text string, off uint64) {
+	c, err := client.Dial(context.Background(), uri, nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer c.Close()
+	if err := c.Pwrite([]byte(text), off, 0); err != nil {
+		log.Fatal(err)
+	}
+}
+
+func read(uri string, off uint64) string {
+	c, err := client.Dial(context.Background(), uri, nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer c.Close()
+	p := make([]byte, 9)
+	if err := c.Pread(p, off); err != nil {
+		log.Fatal(err)
+	}
+	return string(p)
+}
+
+// A command is given up with its context, and the connection goes on.
+func ExampleConn_With() {
+	uri, stop := serveMem(1 << 20)
+	defer stop()
+	c, err := client.Dial(context.Background(), uri, nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer c.Close()
+
+	ctx, cancel := context.WithCancelCause(context.Background())
+	cancel(errors.New("the user has left")) // most often by a timeout
+	p := make([]byte, 512)
+	fmt.Println(c.With(ctx).Pread(p, 0))
+	fmt.Println(c.Pread(p, 0))
+	// Output:
+	// the user has left
+	// <nil>
+}
+
+// Of two copies of a disk the first that answers is enough: the other read is
+// cancelled, and its buffer can be used again at once.
+func ExampleConn_AioCancel() {
+	uri, stop := serveMem(1 << 20)
+	defer stop()
+
+	type answer struct {
+		copy int
+		err  error
+	}
+	answers := make(chan answer, 2)
+	var conns [2]*client.Conn
+	var cookies [2]uint64
+	for i := range conns {
+		c, err := client.Dial(context.Background(), uri, nil)
+		if err != nil {
+			log.Fatal(err)
+		}
+		defer c.Close()
+		cookie, err := c.AioPread(make([]byte, 512), 0, 0, func(err error) int {
+			answers <- answer{i, err}
+			return 1
+		})
+		if err != nil {
+			log.Fatal(err)
+		}
+		conns[i], cookies[i] = c, cookie
+	}
+	first := <-answers
+	other := 1 - first.copy
+	// False if that one is there as well by now. Its completion is called either way.
+	conns[other].AioCancel(cookies[other], errors.New("not needed"))
+	<-answers
+	fmt.Println(first.err)
+	// Output: <nil>
+}
+
+// A server that sends a read in parts tells which of them are holes.
+func ExampleConn_AioPreadStructured() {
+	uri, stop := serveMem(1 << 20)
+	defer stop()
+	c, err := client.Dial(context.Background(), uri, nil)
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer c.Close()
+
+	done := make(chan error)
+	p := make([]byte, 4096)
+	_, err = c.AioPreadStructured(p, 0, 0, func(chunk client.Chunk) error {
+		fmt.Println(chunk.Type, chunk.Offset, len(chunk.Data), chunk.Err)
+		return nil
+	}, func(err error) int {
+		done <- err
+		return 1
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(<-done)
+	// Output:
+	// NBD_REPLY_TYPE_OFFSET_DATA 0 4096 <nil>
+	// <nil>
+}
+
 // Zeroes, without sending them.
 func ExampleConn_Zero() {
 	uri, stop := serveMem(1 << 20)

@@ -337,28 +337,40 @@ func FuzzServer(f *testing.F) {
 	f.Add(append(talk[:len(talk):len(talk)], chunk(1, done, protocol.ReplyOffsetData, offsetData(0, strings.Repeat("a", 64)))...))
 	f.Add(append(talk[:len(talk):len(talk)], chunk(2, done, protocol.ReplyBlockStatus, status(1, 64))...))
 	f.Add(append(talk[:len(talk):len(talk)], (&protocol.SimpleReply{Cookie: 3, Errno: 5}).AppendTo(nil)...))
+	f.Add(append(talk[:len(talk):len(talk)], chunk(4, 0, protocol.ReplyOffsetHole, hole(0, 32))...))
 	f.Fuzz(func(t *testing.T, b []byte) { talkTo(t, b, &Options{CompactHeaders: true}) })
 }
 
-// talkTo has a client talk to a server that says b, whatever the client says.
+// talkTo has a client talk to a server that says b, whatever the client says, and
+// cancel one of its commands or none. The length of b says
+// which, and what the connection is.
 func talkTo(t *testing.T, b []byte, opts *Options) {
-	ours, theirs := net.Pipe()
-	drained := make(chan struct{})
-	go func() { io.Copy(io.Discard, theirs); close(drained) }()
-	go func() { theirs.Write(b); theirs.Close() }()
-	if c, err := New(context.Background(), ours, opts); err == nil {
+	nc := script(t, func(nc net.Conn) { nc.Write(b) })
+	way := []string{"socket", "blocking", "stream"}[len(b)/8%3]
+	if c, err := ways[way](nc, *opts); err == nil {
 		calls, issued := make(chan error, 8), 0
 		f := func(err error) int { calls <- err; return 1 }
-		for _, issue := range []func() (uint64, error){
+		for i, issue := range []func() (uint64, error){
 			func() (uint64, error) { return c.AioPread(make([]byte, 64), 0, 0, f) },
 			func() (uint64, error) { return c.AioBlockStatus(64, 0, 0, nil, f) },
 			func() (uint64, error) { return c.AioPwrite(make([]byte, 64), 0, 0, f) },
 			func() (uint64, error) {
 				return c.AioBlockStatusOf([]string{protocol.ContextBaseAllocation}, 64, 0, 0, nil, f)
 			},
+			func() (uint64, error) {
+				return c.AioPreadStructured(make([]byte, 64), 0, 0, func(chunk Chunk) error {
+					if end := chunk.Offset + uint64(len(chunk.Data)); end > 64 && chunk.Err == nil {
+						t.Errorf("got a chunk up to %d of 64 bytes", end)
+					}
+					return nil
+				}, f)
+			},
 		} {
-			if _, err := issue(); err == nil {
+			if cookie, err := issue(); err == nil {
 				issued++
+				if len(b)%8 == i {
+					c.AioCancel(cookie, errEnough)
+				}
 			}
 		}
 		<-c.Done()
@@ -367,7 +379,6 @@ func talkTo(t *testing.T, b []byte, opts *Options) {
 		}
 		c.Close()
 	}
-	<-drained
 }
 
 // greet is the server's part of a handshake with extended headers and
@@ -401,7 +412,8 @@ func FuzzExtendedServer(f *testing.F) {
 	f.Add(append(greet(), extendedChunk(1, 0, done, protocol.ReplyOffsetData, offsetData(0, strings.Repeat("a", 64)))...))
 	f.Add(append(greet(), extendedChunk(2, 0, done, protocol.ReplyBlockStatusExt, extendedStatus(1, 64))...))
 	f.Add(append(greet(), extendedChunk(3, 0, done, protocol.ReplyNone, nil)...))
-	f.Fuzz(func(t *testing.T, b []byte) { talkTo(t, b, nil) })
+	f.Add(append(greet(), extendedChunk(1, 0, 0, protocol.ReplyOffsetHole, hole(0, 64))...))
+	f.Fuzz(func(t *testing.T, b []byte) { talkTo(t, b, &Options{}) })
 }
 
 // TestExtendedReplies has a server answer a block status of 2^33 bytes at 512 with

@@ -292,6 +292,8 @@ func TestPeers(t *testing.T) {
 		"revoked":    dir("revoked", k.ca, mallory),
 		"no trust":   dir("notrust", other, k.alice),
 		"wrong host": uri("", "tls-certificates", k.client, "tls-hostname", "elsewhere.example"),
+		"credulous":  uri("", "tls-certificates", k.client, "tls-hostname", "elsewhere.example", "tls-verify-peer", "false"),
+		"unclear":    uri("", "tls-certificates", k.client, "tls-verify-peer", "maybe"),
 	}
 	certs := map[string]pki.Cert{
 		"good":      k.ca.Server(),
@@ -316,6 +318,8 @@ func TestPeers(t *testing.T) {
 		{"revoked", "good", true, "revoked", "ertificate"},
 		{"no trust", "good", false, "ertificate", "unknown authority"},
 		{"wrong host", "good", false, "ertificate", "not elsewhere.example"},
+		{"credulous", "expired", false, "", ""},
+		{"unclear", "good", false, "TLS handshake", "need true or false"},
 		{"alice", "expired", false, "ertificate", "expired"},
 		{"alice", "elsewhere", false, "ertificate", "not localhost"},
 		{"alice", "other", false, "ertificate", "unknown authority"},

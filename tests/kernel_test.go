@@ -195,7 +195,11 @@ func makeRoot(t *testing.T, packages, program, root string) (vmlinuz string) {
 	if err := os.MkdirAll(filepath.Dir(client), 0o755); err != nil {
 		t.Fatal(err)
 	}
-	command(t, "env", "CGO_ENABLED=0", "go", "build", "-o", client, "nbdhost/tests/vsock")
+	build := exec.Command("go", "build", "-o", client, "nbdhost/tests/vsock")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0") // the machine has no libraries
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %v\n%s", build, err, out)
+	}
 	install(filepath.Join(packages, "bin/busybox"), "bin/busybox")
 	install(program, "bin/nbdhost")
 	memory := "/usr/lib/x86_64-linux-gnu/nbdkit/plugins/nbdkit-memory-plugin.so"

@@ -18,7 +18,7 @@ import (
 	"testing"
 
 	"nbdhost/client"
-	"nbdhost/nbdtls"
+	_ "nbdhost/client/nbds"
 	"nbdhost/protocol"
 	"nbdhost/tests/pki"
 )
@@ -99,7 +99,7 @@ h.shutdown()
 		return command(t, "qemu-img", "compare", "--object", object, "--image-opts", opts, "driver=raw,file.driver=file,file.filename="+in)
 	}},
 	{"ours", func(t *testing.T, s *server, in, out, keys string) string {
-		c, err := client.Dial(context.Background(), s.tlsURI(s.dir+"/client", keys), &client.Options{TLS: nbdtls.Client})
+		c, err := client.Dial(context.Background(), s.tlsURI(s.dir+"/client", keys), nil)
 		if err != nil {
 			t.Fatal(err)
 		}
