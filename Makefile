@@ -11,7 +11,7 @@ TEST_PACKAGES = $(RUN_PACKAGES) binutils nbdkit-plugin-dev libnbd0 python3-libnb
 	e2fsprogs dosfstools mtools genisoimage xorriso strace gnutls-bin openssl mmdebstrap \
 	nbdkit-plugin-python nbdkit-plugin-perl nbdkit-plugin-lua nbdkit-plugin-tcl nbdkit-plugin-ruby \
 	nbdkit-plugin-guestfs nbdkit-plugin-libvirt libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients \
-	python3-boto3 g++ lzip mandoc groff zsh fish
+	python3-boto3 curl prometheus g++ lzip mandoc groff zsh fish
 
 DEPLOY_PACKAGES = $(RUN_PACKAGES) binutils python3-libnbd xz-utils systemd mmdebstrap buildah podman runc \
 	containernetworking-plugins iptables

@@ -62,6 +62,7 @@
 //	check_test.go       --check finds each promise that a plugin breaks
 //	check_plugins_test.go
 //	                    --check on what Debian ships, and docs/check.md
+//	monitor_test.go     metrics, health and limits, with real clients and promtool
 //	perf_test.go        system calls, calls into plugins and allocations of a request
 //
 // A test that compares starts /usr/bin/nbdkit and the program under test with

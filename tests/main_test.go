@@ -29,6 +29,7 @@ var tools = map[string]string{
 	"qemu-io":                      "qemu-utils",
 	"fio":                          "fio",
 	"gcc":                          "gcc",
+	"promtool":                     "prometheus",
 	"/usr/sbin/mkfs.ext4":          "e2fsprogs",
 	"/usr/sbin/debugfs":            "e2fsprogs",
 	"/usr/sbin/mkfs.vfat":          "dosfstools",

@@ -19,6 +19,7 @@ var tools = map[string]string{
 	"nbdkit":         "nbdkit",
 	"nbdinfo":        "libnbd-bin",
 	"/usr/bin/nbdsh": "python3-libnbd",
+	"curl":           "curl",
 	"gcc":            "gcc",
 	"make":           "make",
 	"setpriv":        "util-linux",
