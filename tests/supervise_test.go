@@ -217,14 +217,7 @@ func TestSuperviseStop(t *testing.T) {
 			c := s.hello(false)
 			c.read(1, whereCrashes/2, 512)
 			j.wait("slow", 1)
-			s.signal(sig)
-			for {
-				late, err := net.Dial(s.network, s.address)
-				if err != nil {
-					break
-				}
-				late.Close()
-			}
+			s.stopsServing(sig)
 			g.open(1)
 			c.want(1, 0)
 			s.wait()
