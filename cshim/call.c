@@ -11,6 +11,21 @@
 
 __thread struct nbdhost_frame *nbdhost_frame;
 
+struct nbdhost_frame *
+nbdhost_get_frame (void)
+{
+  return nbdhost_frame;
+}
+
+struct nbdhost_frame *
+nbdhost_set_frame (struct nbdhost_frame *f)
+{
+  struct nbdhost_frame *before = nbdhost_frame;
+
+  nbdhost_frame = f;
+  return before;
+}
+
 static void
 enter (struct nbdhost_frame *f, nbdhost_ctx ctx, int worker, void *fn)
 {

@@ -154,6 +154,21 @@ func (c *Context) ptr() *C.struct_nbdhost_context {
 	return c.c
 }
 
+// A Within is the callback of a module that a thread is in.
+type Within struct{ f *C.struct_nbdhost_frame }
+
+// CurrentCall returns the innermost callback that this thread is in, if it is in one. The
+// goroutine must be locked to it, as it is wherever that matters: in a callback.
+func CurrentCall() Within { return Within{C.nbdhost_get_frame()} }
+
+// Do makes call's calls into modules those of w, whose thread waits until it returns.
+// The goroutine must be locked to its thread.
+func (w Within) Do(call func()) {
+	before := C.nbdhost_set_frame(w.f)
+	defer C.nbdhost_set_frame(before)
+	call()
+}
+
 // CallVoid calls .load, .unload, .dump_plugin or .cleanup.
 func CallVoid(ctx *Context, fn unsafe.Pointer) { C.nbdhost_call_void(ctx.ptr(), fn) }
 

@@ -68,6 +68,12 @@ struct nbdhost_origin {
   uint64_t cookie;
 };
 
+/* The innermost frame of this thread. Setting returns the one before: a call
+ * that another thread makes while this one waits is still within its frame.
+ */
+struct nbdhost_frame *nbdhost_get_frame (void);
+struct nbdhost_frame *nbdhost_set_frame (struct nbdhost_frame *);
+
 /* The connection of the current call, or NULL. */
 struct nbdhost_conn *nbdhost_current_conn (void);
 

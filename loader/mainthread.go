@@ -4,6 +4,7 @@ import (
 	"sync/atomic"
 
 	"nbdhost/backend"
+	"nbdhost/cshim"
 )
 
 // A plugin that was compiled for serialize_all_requests, or less, is called on the
@@ -47,9 +48,10 @@ func (p *Plugin) isOnMain() bool {
 // onMain makes a call on the main thread and waits for it.
 func onMain(call func()) {
 	done := make(chan struct{})
+	within := cshim.CurrentCall() // a filter's, if one waits here
 	mainCalls <- func() {
 		defer close(done)
-		call()
+		within.Do(call)
 	}
 	<-done
 }
