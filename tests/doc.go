@@ -50,6 +50,14 @@
 //	hazard_test.go      plugins that do what a Go program may not like
 //	kernel_test.go      the Linux kernel's client, in a virtual machine (kernel.sh unpacks it)
 //
+// Operations:
+//
+//	supervise_test.go   plugins that crash, with and without --supervise
+//	notify_test.go      what a service manager is told (sd_notify)
+//	log_test.go         the log as JSON, and slow requests
+//	secrets_test.go     passwords, tokens and keys that nothing may show
+//	drain_test.go       a stop as Kubernetes has it
+//
 // The protocol, what is promised, and what it costs:
 //
 //	protocol_clients_test.go
