@@ -12,6 +12,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"nbdhost/cshim"
 )
 
 // exported returns the names that start with nbdkit_ in the symbol table of this
@@ -176,6 +178,29 @@ func TestPasswordFromTerminal(t *testing.T) {
 	}, compile(t, "calls"))
 	if want := "-1 read password: open /dev/tty: No such device or address; there is no terminal, use +FILE or -FD\n"; err != nil || string(out) != want {
 		t.Errorf("without a terminal: got %v, %q, need %q", err, out, want)
+	}
+}
+
+// TestThreadsLeaveNothing lets threads of a module log and end. Their stacks for
+// signal handlers go with them.
+func TestThreadsLeaveNothing(t *testing.T) {
+	mappings := func() int {
+		maps, err := os.ReadFile("/proc/self/maps")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return bytes.Count(maps, []byte("\n"))
+	}
+	fn := calls()("from_threads")
+	record(t, "", false)
+	cshim.CallInt(nil, fn)
+	before := mappings()
+	for range 5 {
+		cshim.CallInt(nil, fn)
+	}
+	// Go's own come and go, but not as many as there were threads.
+	if grown := mappings() - before; grown > 250 {
+		t.Errorf("500 threads left %d mappings", grown)
 	}
 }
 

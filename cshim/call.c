@@ -41,6 +41,7 @@ enter (struct nbdhost_frame *f, nbdhost_ctx ctx, int worker, void *fn)
   f->message = NULL;
   f->outer = nbdhost_frame;
   nbdhost_frame = f;
+  nbdhost_need_sigstack ();
   /* A stale value must not become the error of a callback that sets none. */
   errno = 0;
 }

@@ -67,7 +67,8 @@ func SetHost(h Host) {
 }
 
 // Init prepares the process for modules: SIGPIPE is ignored in all threads, the Go
-// ones and the others. Call it once, before anything is loaded.
+// ones and the others, and no handler of the Go runtime interrupts system calls for
+// signals that nobody waits for. Call it once, before anything is loaded.
 func Init() error {
 	signal.Ignore(syscall.SIGPIPE)
 	if err := C.nbdhost_init(); err != 0 {

@@ -93,6 +93,7 @@ ask (void (*go) (struct nbdhost_request *), uint64_t id,
   struct nbdhost_frame *f = nbdhost_frame;
   struct nbdhost_conn *conn = nbdhost_current_conn ();
 
+  nbdhost_need_sigstack ();
   r->id = id;
   r->worker = f ? f->worker : NBDHOST_FOREIGN;
   r->conn = conn ? conn->id : 0;

@@ -35,8 +35,10 @@ nbdkit_stdio_safe (void)
 void
 nbdkit_shutdown (void)
 {
-  if (nbdhost_in_server ())
+  if (nbdhost_in_server ()) {
+    nbdhost_need_sigstack ();
     nbdhost_go_shutdown ();
+  }
 }
 
 void

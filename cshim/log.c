@@ -38,6 +38,7 @@ emit (int level, char *text)
       .text = text,
     };
 
+    nbdhost_need_sigstack ();
     nbdhost_go_log (&m);
     return;
   }

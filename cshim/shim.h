@@ -119,6 +119,21 @@ void nbdhost_set_quit (void);
  */
 bool nbdhost_in_server (void);
 
+/* ---- stacks of signal handlers (sigstack.c) ---- */
+
+extern __thread bool nbdhost_has_sigstack;
+void nbdhost_set_sigstack (void);
+
+/* Before a thread calls a module, and before one of a module's calls Go. Not in a
+ * signal handler.
+ */
+static inline void
+nbdhost_need_sigstack (void)
+{
+  if (!nbdhost_has_sigstack)
+    nbdhost_set_sigstack ();
+}
+
 void nbdhost_signals_save (void);
 void nbdhost_signals_restore (void);
 

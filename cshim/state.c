@@ -138,6 +138,13 @@ nbdhost_init (void)
       return errno;
     nbdhost_settings.quit_fd = fd;
   }
+  /* What a process without handlers ignores, the Go runtime catches, and then it
+   * ends a poll or a nanosleep of a module with EINTR. The runtime preempts
+   * with SIGURG; a goroutine then goes on to its next function call.
+   */
+  signal (SIGURG, SIG_DFL);
+  signal (SIGCHLD, SIG_DFL);
+  signal (SIGWINCH, SIG_DFL);
   nbdhost_settings.pid = getpid ();
   return 0;
 }
@@ -186,8 +193,8 @@ has_handler (const struct sigaction *sa)
 }
 
 /* Those that stop the server, and those that the Go runtime cannot do without:
- * faults that it turns into panics, and the one that it preempts with. All others
- * are the module's if it wants them.
+ * faults that it turns into panics, and the one that it sends to preempt. All
+ * others are the module's if it wants them.
  */
 static bool
 is_ours (int sig)

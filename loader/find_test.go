@@ -93,7 +93,7 @@ func TestFind(t *testing.T) {
 		{PluginKind, "scrip", nil, "", "", "did you mean script or script2?"},
 		{PluginKind, "xyzzyx", []string{in("a")}, "", "", in("a") + ", " + in("c") + ", /usr/lib/"},
 		{PluginKind, "xyzzyx", nil, "", "", "give its directory with --plugin-path"},
-		{PluginKind, "libvirt", nil, "", "", "apt-get install nbdkit-plugin-libvirt"},
+		{PluginKind, "gcs", nil, "", "", "apt-get install nbdkit-plugin-python"},
 		{PluginKind, "vram", nil, "", "", "this release of the package nbdkit does not have it: install a newer one"},
 		{FilterKind, "indexed-gzip", nil, "", "", "this release of the package nbdkit does not have it"},
 		{PluginKind, "readahead", nil, "", "", "readahead is a filter: put it before a plugin with --filter=readahead"},

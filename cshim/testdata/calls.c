@@ -263,6 +263,14 @@ int from_thread (void *h)
   return -1;
 }
 
+/* Threads that have called Go, and are gone. */
+int from_threads (void)
+{
+  for (int i = 0; i < 100; i++)
+    from_thread (NULL);
+  return 0;
+}
+
 /* What the child wrote to standard error; NULL if it did not exit with 7. */
 const char *
 forks (void *h)
