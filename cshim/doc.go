@@ -36,6 +36,10 @@
 // are written to standard error, and its requests to shut down or disconnect
 // are dropped.
 //
+// Threads that call modules get a larger stack for signal handlers than Go's, and
+// signals that a process without handlers ignores are left alone, SIGURG among
+// them: the runtime preempts at function calls only.
+//
 // # Memory
 //
 // Conn, Context and CStr are C memory. No Go pointer is kept by C; a pointer

@@ -216,6 +216,16 @@ try:
 except nbd.Error as e:
     print(h.aio_is_dead() or h.aio_is_closed())
 `},
+		{"nbdkit_nanosleep, server", `
+import os, signal
+h.aio_pread(nbd.Buffer(1), 4096)
+while not h.aio_in_flight():
+    h.poll(0)
+open('DIR/begun').read()
+os.kill(int(open('DIR/pid').read()), signal.SIGTERM)
+while h.aio_in_flight():
+    h.poll(-1)
+`},
 		// The client leaves while the plugin sleeps.
 		{"nbdkit_nanosleep", `
 h.aio_pread(nbd.Buffer(1), 4096)
@@ -248,9 +258,10 @@ open('DIR/begun').read()
 					}
 					return regexp.MustCompile(`(?m)^nbdkit_(nanosleep gone|shutdown).*\n`).FindString(string(b))
 				}})
-			cell := map[string]string{"nbdkit_nanosleep": "ends with the connection",
+			cell := map[string]string{"nbdkit_nanosleep": "ends with the connection", "nbdkit_nanosleep, server": "and the server",
 				"nbdkit_disconnect": "ends the connection", "nbdkit_shutdown": "ends the server"}[end.function]
-			functionTable.record(t, "`"+end.function+"`", r.name, 3, cell)
+			function, rest, _ := strings.Cut(end.function, ",")
+			functionTable.record(t, "`"+function+"`", r.name, 3+len(rest), cell)
 		})
 	}
 }

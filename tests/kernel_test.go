@@ -84,6 +84,15 @@ check nbd-client -d /dev/nbd2
 until_gone nbd2
 kill $server; wait $server
 
+# Who the client is: SELinux without a policy has one label for all.
+nbdhost -f -r -P /tmp/pid5 -U /tmp/sock5 /lib/peer.so & server=$!
+while [ ! -s /tmp/pid5 ]; do usleep 10000; done
+check nbd-client -unix /tmp/sock5 /dev/nbd2
+sed -n 's/^label=/ok label /p' /dev/nbd2
+check nbd-client -d /dev/nbd2
+until_gone nbd2
+kill $server; wait $server
+
 # vsock, if the server has it, through the loopback of this machine.
 if nbdhost -f -P /tmp/pid4 --vsock --port 10810 memory 1M & server=$!; then
   while [ ! -s /tmp/pid4 ] && kill -0 $server 2>/dev/null; do usleep 10000; done
@@ -124,7 +133,7 @@ func TestKernel(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	vm := exec.CommandContext(ctx, "qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-m", "768", "-nographic", "-no-reboot",
-		"-kernel", vmlinuz, "-initrd", initrd, "-append", "console=ttyS0 panic=-1 quiet", "-net", "none")
+		"-kernel", vmlinuz, "-initrd", initrd, "-append", "console=ttyS0 panic=-1 quiet security=selinux", "-net", "none")
 	out, err := vm.CombinedOutput()
 	text := strings.ReplaceAll(string(out), "\r", "")
 	if err != nil || !strings.Contains(text, "\nthe end") {
@@ -132,7 +141,7 @@ func TestKernel(t *testing.T) {
 	}
 	for _, want := range []string{
 		"ok size", "ok mkfs.ext4", "ok mount", "ok sync", "ok fstrim", "ok umount", "ok fsck.ext4", "ok same data", "ok server ended\n",
-		"ok same image", "ok again", "ok server ended too", "ok read-only", "ok vsock",
+		"ok same image", "ok again", "ok server ended too", "ok read-only", "ok label kernel", "ok vsock",
 	} {
 		if !strings.Contains(text, "\n"+want) {
 			t.Errorf("the kernel's client: got no %q", want)
@@ -202,6 +211,7 @@ func makeRoot(t *testing.T, packages, program, root string) (vmlinuz string) {
 	}
 	install(filepath.Join(packages, "bin/busybox"), "bin/busybox")
 	install(program, "bin/nbdhost")
+	install(fixture(t, "peer"), "lib/peer.so")
 	memory := "/usr/lib/x86_64-linux-gnu/nbdkit/plugins/nbdkit-memory-plugin.so"
 	install(memory, memory)
 	programs := map[string]string{

@@ -446,7 +446,7 @@ func TestTLSPeer(t *testing.T) {
 			dir := tempDir(t)
 			tlsFiles(t, dir)
 			s := start(t, nbdhost, dir, true, append(tt.args, fixture(t, "peer"))...)
-			got, err := nbdsh(t, tt.uri(s), `print(h.pread(512, 0).rstrip(b"\0").decode(), end="")`)
+			got, err := nbdsh(t, tt.uri(s), `print(h.pread(512, 0).split(b"\n")[0].decode())`)
 			if err != nil || got != tt.want+"\n" {
 				t.Errorf("%q: got %q and %v, want %q", tt.args, got, err, tt.want)
 			}
