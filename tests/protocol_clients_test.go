@@ -3,6 +3,7 @@ package tests
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -146,6 +147,50 @@ func TestQemuExtended(t *testing.T) {
 			wantExtended(t, s)
 		})
 	}
+}
+
+// TestQemuErrorText: qemu shows what a plugin says of an export that it does not open.
+// Of a request that fails it gets the text, and shows the number only.
+func TestQemuErrorText(t *testing.T) {
+	onlyNbdhost(t)
+	errors := fixture(t, "errors")
+	for _, r := range releases(t) {
+		t.Run(r.name, func(t *testing.T) {
+			t.Parallel()
+			s := startHost(t, "eval", "get_size=echo 1M", "pread=exit 1",
+				`open=[ "$3" != bad ] || { echo "EPERM nothing is called $3 here" >&2; exit 1; }`)
+			if _, err := try(t, r.enter, "/usr/bin/qemu-img", "info", s.uri("bad")); err == nil ||
+				!strings.Contains(err.Error(), "server reported: ") || !strings.Contains(err.Error(), "nothing is called bad here") {
+				t.Errorf("got %v, want the plugin's text", err)
+			}
+			s.stop()
+
+			s = startHost(t, errors, "how=set")
+			const number = 28 // ENOSPC
+			out, err := try(t, "sh", "-c", `exec "$@" 2>&1`, "sh", r.enter, "/usr/bin/qemu-io", "-f", "raw", "-T", "nbd_receive_*",
+				"-c", fmt.Sprintf("read %d 512", block(number)), s.uri(""))
+			length := fmt.Sprintf("length = %d }", 4+2+len("error 28, as asked"))
+			if err == nil || !strings.Contains(out, "read failed: No space left on device") || !strings.Contains(out, length) {
+				t.Errorf("got %v and\n%s, want a failure, and a chunk of %s", err, out, length)
+			}
+			s.stop()
+		})
+	}
+}
+
+// TestLongName: a name of 4096 bytes of UTF-8 reaches the plugin.
+func TestLongName(t *testing.T) {
+	t.Parallel()
+	compare(t, scenario{args: []string{"info", "exportname"}, client: func(t *testing.T, s *server) string {
+		return command(t, "/usr/bin/nbdsh", "-c", `
+name = 'ä' * 1024 + '€' * 682 + 'xy'
+assert len(name.encode()) == 4096
+h.set_export_name(name)
+h.connect_unix('`+s.address+`')
+assert h.pread(4096, 0).decode() == name
+print(h.get_size())
+`)
+	}})
 }
 
 // TestClientWithQemu has this project's client use another server that knows
