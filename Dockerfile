@@ -39,7 +39,11 @@ ENV TMPDIR=/tmp
 # nobody, as a number: Kubernetes' runAsNonRoot understands no names.
 USER 65534:65534
 EXPOSE 10809
-ENTRYPOINT ["nbdhost", "--foreground"]
+# Metrics and health can be asked for within the container; --metrics=0.0.0.0:9809 among
+# the arguments lets others ask, too.
+ENTRYPOINT ["nbdhost", "--foreground", "--metrics=127.0.0.1:9809"]
+HEALTHCHECK --interval=10s --timeout=10s --start-period=30s --retries=3 \
+    CMD ["nbdhost", "--healthcheck=127.0.0.1:9809"]
 
 ARG VERSION=
 ARG REVISION=

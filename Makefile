@@ -14,20 +14,21 @@ TEST_PACKAGES = $(RUN_PACKAGES) binutils nbdkit-plugin-dev libnbd0 python3-libnb
 	python3-boto3 curl prometheus g++ lzip mandoc groff zsh fish
 
 DEPLOY_PACKAGES = $(RUN_PACKAGES) binutils python3-libnbd xz-utils systemd mmdebstrap buildah podman runc \
-	containernetworking-plugins iptables
+	containernetworking-plugins iptables prometheus
 
-.PHONY: all build install uninstall run test lint fuzz fuzz-differential bench image deb test-deploy clean
+.PHONY: all build install uninstall run test lint fuzz fuzz-differential bench image deb test-deploy screenshot clean
 all: build
 
 # install PACKAGES, those of them that are missing. dpkg-query exits with an error
-# for packages it does not know; what counts is which are installed.
+# for packages it does not know; what counts is which are installed. No service of
+# theirs is started (SYSTEMD_OFFLINE).
 define install
 	@missing=$$(for p in $(1); do \
 	    dpkg-query -W -f='$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
 	if [ -z "$$missing" ]; then :; \
 	elif [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    echo "installing" $$missing; \
-	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive \
+	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive SYSTEMD_OFFLINE=1 \
 	      apt-get install -y -qq --no-install-recommends $$missing; } >/dev/null || exit 1; \
 	else \
 	    echo "make: error: these Debian packages are missing:" $$missing >&2; \
@@ -135,6 +136,11 @@ image:
 deb:
 	$(call install,gcc libc6-dev binutils)
 	deploy/deb.sh bin
+
+# Draws the dashboard to docs/dashboard.png, with a server that has some clients.
+screenshot:
+	$(call install,$(DEPLOY_PACKAGES) chromium fonts-dejavu-core)
+	cd deploy && $(GO) test -count=1 -run '^TestDashboard$$' . -args -screenshot "$(CURDIR)/docs/dashboard.png"
 
 # Runs what is in deploy/, but for the image.
 test-deploy:

@@ -8,7 +8,9 @@
 //	deb.sh              makes the Debian package, of debian/
 //	notices.sh          the licences of the program and of what is linked into it
 //	debian/             what nfpm makes the package of
+//	grafana/            a dashboard
 //	kubernetes/         a Deployment, a StatefulSet, and a server beside another program
+//	prometheus/         alerts, tests of these, and what to scrape
 //	systemd/            template units for servers and their sockets
 //
 // and the tests:
@@ -17,7 +19,10 @@
 //	image_test.go       the image that make image has built
 //	deb_test.go         the package in a clean tree, and its units under systemd
 //	systemd_test.go     what systemd says of the units; a start with a socket
+//	dashboard_test.go   each query of the dashboard, asked of a Prometheus that watches a server
+//	screenshot_test.go  draws docs/dashboard.png
 //	kubernetes_test.go  Kubernetes' schema, and what the manifests say to nbdhost
 //
-// The tests of images and packages run containers, as root.
+// The tests of images and packages run containers, as root. make image, make test-deploy
+// and make screenshot run them.
 package deploy

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -179,6 +180,30 @@ func TestImageStops(t *testing.T) {
 	}
 }
 
+// TestImageHealth runs the image's HEALTHCHECK: while the server serves, and when its
+// plugin hangs.
+func TestImageHealth(t *testing.T) {
+	dir := tempDir(t)
+	if err := syscall.Mkfifo(dir+"/answer", 0o666); err != nil {
+		t.Fatal(err)
+	}
+	options := append([]string{"--network=none", "-v", dir + ":/run/nbd", "--tmpfs=/tmp:exec"}, locked...)
+	name := container(t, options, []string{"--health-read=1s", "eval", "thread_model=echo parallel", "get_size=echo 1M",
+		"pread=if [ -e /run/nbd/hang ]; then read line </run/nbd/answer; fi; head -c $3 /dev/zero"})
+	healthy := func() bool {
+		_, err := try(t, "./containers.sh", "podman", "healthcheck", "run", name)
+		return err == nil
+	}
+	await(t, "the server to be healthy", healthy)
+	writeFile(t, dir+"/hang", "")
+	await(t, "the server to be ill", func() bool { return !healthy() })
+	if err := os.Remove(dir + "/hang"); err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, dir+"/answer", "now\n") // a pipe
+	await(t, "the server to be healthy again", healthy)
+}
+
 // TestImageTCP publishes the port, the arguments being what docker run puts behind IMAGE.
 func TestImageTCP(t *testing.T) {
 	l, err := net.Listen("tcp", "127.0.0.1:0") // a port that is free
@@ -255,6 +280,7 @@ func TestImagePlugins(t *testing.T) {
 		{"read-only", nil, []string{
 			"memory 1M", "null 1M", "data 1", "pattern 1M", "random 1M", "sparse-random 1M",
 			"-r file /run/nbd/disk", "-r split /run/nbd/disk /run/nbd/disk", "-r nbd socket=/run/nbd/0",
+			"-r curl url=http://server/disk unix-socket-path=/run/nbd/web",
 			"--filter=readahead --filter=offset memory 1M offset=512", "-r --filter=xz file /run/nbd/disk.xz",
 		}},
 		{"with /tmp", []string{"--tmpfs=/tmp:exec"}, []string{
@@ -272,6 +298,15 @@ func TestImagePlugins(t *testing.T) {
 			if err := os.Mkdir(dir+"/floppy", 0o755); err != nil {
 				t.Fatal(err)
 			}
+			web, err := net.Listen("unix", dir+"/web")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer web.Close()
+			if err := os.Chmod(dir+"/web", 0o777); err != nil {
+				t.Fatal(err)
+			}
+			go http.Serve(web, http.FileServer(http.Dir(dir)))
 			script := ""
 			for i, server := range test.servers {
 				script += fmt.Sprintf("nbdhost -f -U /run/nbd/%d %s &\n", i, server)
@@ -304,7 +339,7 @@ func TestImageLabels(t *testing.T) {
 		t.Fatal(err)
 	}
 	c := got[0].Config
-	if c.User != "65534:65534" || strings.Join(c.Entrypoint, " ") != "nbdhost --foreground" || len(c.Cmd) > 0 {
+	if c.User != "65534:65534" || strings.Join(c.Entrypoint, " ") != "nbdhost --foreground --metrics=127.0.0.1:9809" || len(c.Cmd) > 0 {
 		t.Errorf("got user %q, entry point %q, command %q", c.User, c.Entrypoint, c.Cmd)
 	}
 	if _, ok := c.ExposedPorts["10809/tcp"]; !ok {

@@ -2,8 +2,13 @@ package deploy
 
 import (
 	"bytes"
+	"context"
 	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -217,4 +222,89 @@ func TestKubernetesGrace(t *testing.T) {
 			t.Errorf("got a limit of memory of %v", c.Resources.Limits.Memory())
 		}
 	})
+}
+
+// TestKubernetesArguments runs nbdhost as the containers do, but for paths, addresses
+// and URLs, which are the test's.
+func TestKubernetesArguments(t *testing.T) {
+	disk := bytes.Repeat([]byte("disk"), 1<<18)
+	dir := t.TempDir()
+	writeFile(t, dir+"/disk", string(disk))
+	run(t, "xz", "--block-size=131072", "-k", dir+"/disk")
+	web := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasSuffix(r.URL.Path, ".xz") {
+			http.ServeFile(w, r, dir+"/disk.xz")
+			return
+		}
+		http.ServeFile(w, r, dir+"/disk")
+	}))
+	defer web.Close()
+	eachManifest(t, func(t *testing.T, objects []runtime.Object, pod *corev1.PodTemplateSpec) {
+		dir := t.TempDir()
+		c := server(t, pod)
+		replace := []string{"https://images.example.com", web.URL, "0.0.0.0:9809", "unix:" + dir + "/metrics"}
+		for _, m := range c.VolumeMounts {
+			replace = append(replace, m.MountPath, dir)
+		}
+		test := strings.NewReplacer(replace...)
+		for _, o := range objects {
+			if s, ok := o.(*corev1.Secret); ok {
+				for name, text := range s.StringData {
+					writeFile(t, filepath.Join(dir, name), test.Replace(text))
+				}
+			}
+		}
+		writeFile(t, dir+"/disk.img", string(disk))
+		args := []string{"--foreground", "--pidfile=" + dir + "/pid"}
+		socket := dir + "/sock"
+		if !slices.ContainsFunc(c.Args, func(a string) bool { return strings.HasPrefix(a, "--unix=") }) {
+			args = append(args, "--unix="+socket)
+		}
+		for _, a := range c.Args {
+			args = append(args, test.Replace(a))
+		}
+		cmd := exec.Command(nbdhost, args...)
+		start(t, cmd)
+		await(t, "the server", func() bool { return serves(socket) })
+		run(t, "nbdcopy", uri(socket), dir+"/copy")
+		if got, err := os.ReadFile(dir + "/copy"); err != nil || !bytes.Equal(got, disk) {
+			t.Errorf("copy: got %d bytes, %v: need the %d of the disk", len(got), err, len(disk))
+		}
+		probes(t, c, dir+"/metrics")
+		cmd.Process.Signal(os.Interrupt)
+		if err := cmd.Wait(); err != nil {
+			t.Errorf("stop: %v", err)
+		}
+	})
+}
+
+// probes asks what Kubernetes would ask, of the socket where the metrics are.
+func probes(t *testing.T, c *corev1.Container, socket string) {
+	t.Helper()
+	client := http.Client{Transport: &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", socket)
+	}}}
+	defer client.CloseIdleConnections()
+	asked := 0
+	for _, p := range []*corev1.Probe{c.StartupProbe, c.LivenessProbe, c.ReadinessProbe} {
+		if p == nil {
+			continue
+		}
+		asked++
+		if name := p.HTTPGet.Port.StrVal; !hasPort([]corev1.Container{*c}, name) {
+			t.Errorf("probe of port %q, which the container does not have", name)
+		}
+		r, err := client.Get("http://server" + p.HTTPGet.Path)
+		if err != nil {
+			t.Error(err)
+			continue
+		}
+		r.Body.Close()
+		if r.StatusCode != http.StatusOK {
+			t.Errorf("probe %s: got status %d", p.HTTPGet.Path, r.StatusCode)
+		}
+	}
+	if asked < 2 {
+		t.Errorf("got %d probes, need 2", asked)
+	}
 }

@@ -13,7 +13,8 @@ import (
 	"time"
 )
 
-// nbdhost is the program under test.
+// nbdhost is the program under test, which the environment variable NBDHOST_UNDER_TEST
+// may name.
 var nbdhost string
 
 // tools are what the tests run, and the Debian package that has it. A tool that is
@@ -28,6 +29,9 @@ var tools = map[string]string{
 	"objdump":                 "binutils",
 	"podman":                  "podman",
 	"runc":                    "runc",
+	"prometheus":              "prometheus",
+	"promtool":                "prometheus",
+	"xz":                      "xz-utils",
 	"systemd-analyze":         "systemd",
 	"systemd-socket-activate": "systemd",
 }
@@ -46,6 +50,9 @@ func TestMain(m *testing.M) {
 			return 1
 		}
 		defer os.RemoveAll(dir)
+		if nbdhost = os.Getenv("NBDHOST_UNDER_TEST"); nbdhost != "" {
+			return m.Run()
+		}
 		nbdhost = filepath.Join(dir, "nbdhost")
 		if out, err := exec.Command("go", "build", "-C", "..", "-o", nbdhost, "./cmd/nbdhost").CombinedOutput(); err != nil {
 			fmt.Fprintf(os.Stderr, "build nbdhost: %v\n%s", err, out)
