@@ -477,6 +477,7 @@ const (
 	stormConnections = 6
 	stormWrites      = 2000 // on each connection, each to a block of its own
 	stormFlushes     = 200  // after so many the power goes
+	stormInFlight    = 512  // commands on each connection: thousands in all
 	stormBlock       = 512
 )
 
@@ -524,7 +525,7 @@ func (m *storm) one(a aio, k uint64) {
 				return 1
 			})
 		}
-		a.settle(64)
+		a.settle(stormInFlight)
 	}
 	a.settle(0)
 	a.close()
