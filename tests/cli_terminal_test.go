@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -195,5 +196,47 @@ func TestCLISignals(t *testing.T) {
 				t.Errorf("%s, %v: the plugin was not unloaded:\n%s", program, sig, c.said())
 			}
 		}
+	}
+}
+
+// On a terminal --check shows how far it is, in a line that each result replaces;
+// elsewhere it does not.
+func TestCheckProgress(t *testing.T) {
+	t.Parallel()
+	onlyNbdhost(t)
+	args := []string{"--check", "--check-only=file,size,read", "memory", "1M"}
+	plain := runCLI(t, tempDir(t), "", nbdhost, args...)
+	if plain.status != 0 || strings.ContainsAny(plain.stdout, "\r\033") {
+		t.Fatalf("not on a terminal: got status %d and\n%s%s", plain.status, plain.stdout, plain.stderr)
+	}
+	shown := strings.ReplaceAll(terminal(t, "", "", nbdhost, args...), "\r\n", "\n")
+	const erase = "\r\033[K"
+	bar := regexp.MustCompile(`^\[(#*)(\.*)\] (\d+)/(\d+) ([a-z._]+)$`)
+	var begun []string
+	left := ""
+	for i, part := range strings.Split(shown, erase) {
+		m := bar.FindStringSubmatch(part)
+		if m == nil {
+			left += part
+			continue
+		}
+		done, _ := strconv.Atoi(m[3])
+		total, _ := strconv.Atoi(m[4])
+		if done != len(begun) || total == 0 || len(m[1]) != 24*done/total || len(m[1])+len(m[2]) != 24 {
+			t.Errorf("part %d: got %q after %d checks", i, part, len(begun))
+		}
+		begun = append(begun, m[5])
+	}
+	// What remains when all bars are erased is the report.
+	if left != plain.stdout {
+		t.Errorf("got %q, need %q", left, plain.stdout)
+	}
+	for i, line := range strings.Split(strings.TrimSpace(plain.stdout), "\n") {
+		if name := strings.TrimRight(strings.Fields(line)[1], ":"); i < len(begun) && name != begun[i] {
+			t.Errorf("the bar says %s, and the report %q", begun[i], line)
+		}
+	}
+	if len(begun) < 8 {
+		t.Errorf("got bars for %q only", begun)
 	}
 }

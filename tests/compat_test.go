@@ -268,6 +268,7 @@ func TestCompatibility(t *testing.T) {
 	for _, tb := range tables {
 		tb.render(&b)
 	}
+	b.WriteString(findings())
 	if *update {
 		if t.Failed() {
 			t.Fatalf("write %s: some tests failed", compatibility)
