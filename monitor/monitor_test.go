@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -15,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/expfmt"
 	"github.com/prometheus/common/model"
@@ -245,6 +247,36 @@ func TestMetrics(t *testing.T) {
 	for name := range got {
 		if strings.HasPrefix(name, "nbdhost_") && early[name] == nil && !perExport[name] && !ofServer[name] {
 			t.Errorf("%s is not there from the beginning", name)
+		}
+	}
+}
+
+// docs/operations.md has each metric and no other, and each word that a label may have.
+func TestDocument(t *testing.T) {
+	b, err := os.ReadFile("../docs/operations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	doc := string(b)
+	descs := make(chan *prometheus.Desc, 100)
+	collector{}.Describe(descs)
+	close(descs)
+	known := map[string]bool{}
+	for d := range descs {
+		name := regexp.MustCompile(`fqName: "(\w+)"`).FindStringSubmatch(d.String())[1]
+		known[name] = true
+		if !strings.Contains(doc, "| `"+name+"` |") {
+			t.Errorf("%s is not in docs/operations.md", name)
+		}
+	}
+	for _, m := range regexp.MustCompile("(?m)^\\| `(nbdhost_\\w+)`").FindAllStringSubmatch(doc, -1) {
+		if !known[m[1]] {
+			t.Errorf("docs/operations.md has %s, which is not there", m[1])
+		}
+	}
+	for r := range len(server.Stats{}.Failures) {
+		if word := server.Reason(r).String(); !strings.Contains(doc, "`"+word+"`") {
+			t.Errorf("the reason %s is not in docs/operations.md", word)
 		}
 	}
 }

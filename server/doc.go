@@ -30,9 +30,21 @@
 // seen to pay (sparse.go).
 //
 // What one client can make the server hold is bounded, also where it never reads
-// its replies: one buffer of input, Options.Threads calls with their payloads or
-// replies of up to 64 MiB each, as many replies that wait to be sent, and 1 MiB of
-// small ones behind them. Then no more calls are made for it.
+// its replies: Limits.BytesPerConnection for requests that run on workers, or are
+// large, until their replies are sent; a buffer of input, at most Options.Threads
+// small requests that were taken for short, and 1 MiB of small replies behind them. Then
+// no more calls are made for it.
+//
+// # Limits and figures
+//
+// A connection beyond the limits is admitted only to be told why not (limits.go). A
+// request that must wait for a limit does so on the reader, before it has a buffer, and
+// so holds up its own connection alone. What it takes from the budgets of bytes goes with
+// its reply, through the batch and the sender, until that is written.
+//
+// [Server.Stats] adds up what tasks have counted (stats.go). A task counts in memory of
+// its own and tells its connection before it sends; a request costs no atomic operation
+// and no reading of the clock. [Server.Probe] is a health check's read (probe.go).
 //
 // # Who owns what
 //

@@ -123,6 +123,7 @@ func TestGoals(t *testing.T) {
 		{"slow/read/4k/d64/c1/unix/f0/t64", "nbdkit", goal{ops: 3.5}},
 		{"file/read/4k/d64/c1/unix/f0", "qemu-nbd", goal{}},
 		{"fio:memory/read/4k/d64/c1/unix/f0", "nbdkit", goal{ops: 1}},
+		{"metrics:memory/read/4k/d64/c1/unix/f0", "without", goal{ops: 0.98}},
 	} {
 		for _, r := range standardRows() {
 			if r.name() == tt.row {

@@ -27,6 +27,7 @@ type row struct {
 	busy      bool   // all processors have other work
 	threads   int    // of nbdhost; 0 is its default
 	nofilters int    // layers of the filter that does nothing
+	metrics   bool   // nbdhost has --metrics, and is compared with itself without
 }
 
 func (r row) name() string {
@@ -43,6 +44,9 @@ func (r row) name() string {
 	if r.nofilters > 0 {
 		n += fmt.Sprintf("/n%d", r.nofilters)
 	}
+	if r.metrics {
+		n = "metrics:" + n
+	}
 	return n
 }
 
@@ -55,6 +59,9 @@ func sizeName(n int) string {
 
 // others are the servers that nbdhost is compared with.
 func (r row) others() []string {
+	if r.metrics {
+		return []string{"without"}
+	}
 	servers := []string{"nbdkit"}
 	if r.transport == "tls" {
 		return servers
@@ -151,6 +158,7 @@ func otherRows() (rows []row) {
 		{client: "qemu-img", op: "write", size: 2 * mib, depth: 8},
 		{client: "nbdcopy", transport: "tls", size: 256 * kib, depth: 64, conns: 4},
 		{client: "nbdcopy", transport: "tls", op: "write", size: 256 * kib, depth: 64, conns: 4},
+		{metrics: true, depth: 64}, {metrics: true, op: "write", depth: 64}, {metrics: true, depth: 1},
 	}
 	for _, n := range []int{1, 3, 8} {
 		rows = append(rows, row{nofilters: n, depth: 1}, row{nofilters: n, depth: 64}, row{nofilters: n, depth: 64, op: "write"})
@@ -174,7 +182,7 @@ func allRows() (rows []row) {
 						for _, transport := range []string{"unix", "tcp"} {
 							for _, filters := range []int{0, 1, 3} {
 								for _, busy := range []bool{false, true} {
-									rows = append(rows, row{"load", plugin, op, size, depth, conns, transport, filters, busy, 0, 0})
+									rows = append(rows, row{"load", plugin, op, size, depth, conns, transport, filters, busy, 0, 0, false})
 								}
 							}
 						}
@@ -230,6 +238,9 @@ func (r row) goal(other string) goal {
 			return goal{ops: 1}
 		}
 		return goal{}
+	}
+	if other == "without" && r.depth == 64 {
+		return goal{ops: 0.98}
 	}
 	if other != "nbdkit" {
 		return goal{}

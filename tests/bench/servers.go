@@ -28,7 +28,7 @@ var filterChain = [][]string{{"offset", "offset=0"}, {"delay"}, {"error"}}
 
 // A server is a running server of any kind.
 type server struct {
-	kind   string // nbdhost, nbdkit, qemu-nbd or floor
+	kind   string // nbdhost, nbdkit, qemu-nbd, floor, or without: nbdhost without --metrics
 	socket string // its path, or empty
 	port   int    // on 127.0.0.1, or 0
 	keys   string // the file of pre-shared keys for TLS, or empty
@@ -112,7 +112,7 @@ func (b *bench) arguments(s *server, r row) (program string, args []string) {
 		return "qemu-nbd", append(args, b.path("data"))
 	}
 	program = "/usr/bin/nbdkit"
-	if s.kind == "nbdhost" {
+	if s.kind == "nbdhost" || s.kind == "without" {
 		program = b.nbdhost
 	}
 	args = []string{"-f"}
@@ -124,6 +124,9 @@ func (b *bench) arguments(s *server, r row) (program string, args []string) {
 	if s.keys != "" {
 		// Not required: the memory is filled without.
 		args = append(args, "--tls=on", "--tls-psk="+s.keys)
+	}
+	if r.metrics && s.kind == "nbdhost" {
+		args = append(args, "--metrics=unix:"+b.path("metrics.sock"))
 	}
 	if r.threads > 0 && s.kind == "nbdhost" {
 		args = append(args, "-t", strconv.Itoa(r.threads))
