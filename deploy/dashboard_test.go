@@ -109,9 +109,9 @@ global: {scrape_interval: 500ms}
 scrape_configs: [{job_name: nbdhost, static_configs: [{targets: [%q]}]}]
 `, server))
 	p := &prometheus{freePort(t)}
-	start(t, exec.Command("prometheus", "--config.file="+dir+"/prometheus.yml", "--storage.tsdb.path="+dir+"/data",
+	daemon := start(t, exec.Command("prometheus", "--config.file="+dir+"/prometheus.yml", "--storage.tsdb.path="+dir+"/data",
 		"--web.listen-address="+p.address, "--log.level=warn"))
-	await(t, "Prometheus", func() bool {
+	daemon.await(t, "Prometheus", func() bool {
 		r, err := http.Get("http://" + p.address + "/-/ready")
 		if err != nil {
 			return false
@@ -172,9 +172,9 @@ func startLoad(t *testing.T) (metrics string) {
 	t.Helper()
 	dir := t.TempDir()
 	metrics = freePort(t)
-	start(t, exec.Command(nbdhost, "--foreground", "--unix="+dir+"/sock", "--metrics="+metrics, "--health-read", "--bandwidth=400M",
+	server := start(t, exec.Command(nbdhost, "--foreground", "--unix="+dir+"/sock", "--metrics="+metrics, "--health-read", "--bandwidth=400M",
 		"--filter=error", "--filter=readahead", "--filter=noextents", "memory", "256M", "error=EIO", "error-pread-rate=1%"))
-	await(t, "the server", func() bool { return serves(dir + "/sock") })
+	server.await(t, "the server", func() bool { return serves(dir + "/sock") })
 	start(t, exec.Command("/usr/bin/python3", "testdata/load.py", "nbd+unix:///disk?socket="+dir+"/sock",
 		"nbd+unix:///disk?socket="+dir+"/sock", "nbd+unix:///backup?socket="+dir+"/sock"))
 	return metrics

@@ -117,10 +117,9 @@ func TestImage(t *testing.T) {
 func printReady(t *testing.T) {
 	t.Helper()
 	socket := t.TempDir() + "/sock"
-	cmd := exec.Command(nbdhost, "-f", "-U", socket, "memory", "1G")
 	began := time.Now()
-	start(t, cmd)
-	await(t, "the server", func() bool { return serves(socket) })
+	server := start(t, exec.Command(nbdhost, "-f", "-U", socket, "memory", "1G"))
+	server.await(t, "the server", func() bool { return serves(socket) })
 	fmt.Printf("nbdhost alone: ready after %d ms\n", time.Since(began).Milliseconds())
 }
 
@@ -156,9 +155,8 @@ func TestImageStops(t *testing.T) {
 	if line, err := bufio.NewReader(idleOut).ReadString('\n'); line != "connected\n" {
 		t.Fatalf("connect a client: got %q, %v", line, err)
 	}
-	busy := exec.Command("/usr/bin/python3", "-m", "nbd", "-u", uri(socket), "-c", "assert h.pread(512, 0) == bytearray(512)")
-	out := start(t, busy)
-	await(t, "the request", func() bool {
+	busy := start(t, exec.Command("/usr/bin/python3", "-m", "nbd", "-u", uri(socket), "-c", "assert h.pread(512, 0) == bytearray(512)"))
+	busy.await(t, "the request", func() bool {
 		_, err := os.Stat(dir + "/arrived")
 		return err == nil
 	})
@@ -172,8 +170,8 @@ func TestImageStops(t *testing.T) {
 	if err := <-stopped; err != nil {
 		t.Error(err)
 	}
-	if err := busy.Wait(); err != nil {
-		t.Errorf("read in progress: %v: %s", err, out)
+	if err := busy.wait(t); err != nil {
+		t.Errorf("read in progress: %v", err)
 	}
 	if got := inspect(t, name, "{{.State.ExitCode}}"); got != "0" {
 		t.Errorf("exit status: got %s, need 0", got)

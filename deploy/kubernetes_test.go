@@ -1,6 +1,7 @@
 package deploy
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"io"
@@ -20,39 +21,36 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
 	"k8s.io/apimachinery/pkg/runtime"
-	utilyaml "k8s.io/apimachinery/pkg/util/yaml"
-	"sigs.k8s.io/yaml"
+	"k8s.io/apimachinery/pkg/runtime/serializer"
+	"k8s.io/apimachinery/pkg/util/yaml"
 )
 
-// decode reads the objects of a manifest as strictly as the API server does with
-// --validate=strict: a field that the schema does not have, or twice, is an error.
+// decode reads the objects of a manifest with the API server's own decoder: a field that
+// the schema does not have, or that is there twice, is an error.
 func decode(t *testing.T, path string) (objects []runtime.Object) {
 	t.Helper()
-	text, err := os.ReadFile(path)
+	scheme := runtime.NewScheme()
+	for _, add := range []func(*runtime.Scheme) error{corev1.AddToScheme, appsv1.AddToScheme, batchv1.AddToScheme} {
+		if err := add(scheme); err != nil {
+			t.Fatal(err)
+		}
+	}
+	strict := serializer.NewCodecFactory(scheme, serializer.EnableStrict).UniversalDeserializer()
+	file, err := os.Open(path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	for docs := utilyaml.NewDocumentDecoder(io.NopCloser(bytes.NewReader(text))); ; {
-		doc := make([]byte, len(text))
-		n, err := docs.Read(doc)
+	defer file.Close()
+	for docs := yaml.NewYAMLReader(bufio.NewReader(file)); ; {
+		doc, err := docs.Read()
 		if err == io.EOF {
 			return objects
 		} else if err != nil {
 			t.Fatal(err)
 		}
-		var kind struct{ APIVersion, Kind string }
-		if err := yaml.Unmarshal(doc[:n], &kind); err != nil {
-			t.Fatal(err)
-		}
-		object, ok := map[string]runtime.Object{
-			"v1 Secret": &corev1.Secret{}, "v1 Service": &corev1.Service{}, "apps/v1 Deployment": &appsv1.Deployment{},
-			"apps/v1 StatefulSet": &appsv1.StatefulSet{}, "batch/v1 Job": &batchv1.Job{},
-		}[kind.APIVersion+" "+kind.Kind]
-		if !ok {
-			t.Fatalf("%s: got kind %q of %q: add it to this test", path, kind.Kind, kind.APIVersion)
-		}
-		if err := yaml.UnmarshalStrict(doc[:n], object); err != nil {
-			t.Errorf("%s: %s: %v", path, kind.Kind, err)
+		object, _, err := strict.Decode(doc, nil, nil)
+		if err != nil {
+			t.Fatalf("%s: %v", path, err)
 		}
 		objects = append(objects, object)
 	}
@@ -263,16 +261,15 @@ func TestKubernetesArguments(t *testing.T) {
 		for _, a := range c.Args {
 			args = append(args, test.Replace(a))
 		}
-		cmd := exec.Command(nbdhost, args...)
-		start(t, cmd)
-		await(t, "the server", func() bool { return serves(socket) })
+		server := start(t, exec.Command(nbdhost, args...))
+		server.await(t, "the server", func() bool { return serves(socket) })
 		run(t, "nbdcopy", uri(socket), dir+"/copy")
 		if got, err := os.ReadFile(dir + "/copy"); err != nil || !bytes.Equal(got, disk) {
 			t.Errorf("copy: got %d bytes, %v: need the %d of the disk", len(got), err, len(disk))
 		}
 		probes(t, c, dir+"/metrics")
-		cmd.Process.Signal(os.Interrupt)
-		if err := cmd.Wait(); err != nil {
+		server.Process.Signal(os.Interrupt)
+		if err := server.wait(t); err != nil {
 			t.Errorf("stop: %v", err)
 		}
 	})

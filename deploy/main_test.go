@@ -3,7 +3,6 @@ package deploy
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -103,37 +102,57 @@ func await(t *testing.T, what string, done func() bool) {
 	}
 }
 
-// start starts a command whose output goes to the returned buffer, and which is ended
-// with the test if it has not ended by then.
-func start(t *testing.T, cmd *exec.Cmd) *bytes.Buffer {
+// A process is a command that runs beside the test.
+type process struct {
+	*exec.Cmd
+	out  bytes.Buffer // what it writes
+	done chan error   // has one error, maybe nil, once it has ended
+}
+
+// start starts a command, which is ended with the test if it has not ended by then.
+func start(t *testing.T, cmd *exec.Cmd) *process {
 	t.Helper()
-	var out bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &out
+	p := &process{Cmd: cmd, done: make(chan error, 1)}
+	cmd.Stdout, cmd.Stderr = &p.out, &p.out
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
+	go func() { p.done <- cmd.Wait() }()
 	t.Cleanup(func() {
-		if cmd.ProcessState == nil {
-			cmd.Process.Kill()
-			cmd.Wait()
-		}
+		cmd.Process.Kill()
+		err := <-p.done
 		if t.Failed() {
-			t.Logf("%s wrote:\n%s", strings.Join(cmd.Args, " "), out.String())
+			t.Logf("%s: %v:\n%s", strings.Join(cmd.Args, " "), err, p.out.String())
 		}
 	})
-	return &out
+	return p
 }
 
-// exitCode returns the status that err, which exec returned, says.
-func exitCode(err error) int {
-	var exit *exec.ExitError
-	switch {
-	case err == nil:
-		return 0
-	case errors.As(err, &exit):
-		return exit.ExitCode()
+// wait waits for the process to end.
+func (p *process) wait(t *testing.T) error {
+	t.Helper()
+	select {
+	case err := <-p.done:
+		p.done <- err
+		return err
+	case <-time.After(deadline):
+		t.Fatalf("%s: it has not ended within %v", p.Args[0], deadline)
+		return nil
 	}
-	return -1
+}
+
+// await is await for what only a running process can do.
+func (p *process) await(t *testing.T, what string, done func() bool) {
+	t.Helper()
+	await(t, what, func() bool {
+		select {
+		case err := <-p.done:
+			p.done <- err
+			t.Fatalf("wait for %s: %s has ended: %v", what, p.Args[0], err)
+		default:
+		}
+		return done()
+	})
 }
 
 // containers runs buildah or podman on the tests' own store of images.

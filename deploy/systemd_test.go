@@ -72,14 +72,13 @@ func TestUnitsStart(t *testing.T) {
 	writeFile(t, dir+"/disk.img", strings.Repeat("x", 1<<20))
 	writeFile(t, dir+"/args", strings.ReplaceAll(string(example), "/var/lib/nbdhost/example", dir))
 	socket := dir + "/sock"
-	cmd := exec.Command("systemd-socket-activate", append([]string{"-l", socket}, command...)...)
-	start(t, cmd)
-	await(t, "the socket", func() bool { return serves(socket) })
+	server := start(t, exec.Command("systemd-socket-activate", append([]string{"-l", socket}, command...)...))
+	server.await(t, "the server", func() bool { return serves(socket) })
 	if got := run(t, "nbdinfo", "--size", uri(socket)); got != "1048576" {
 		t.Errorf("size: got %s, need 1048576", got)
 	}
-	cmd.Process.Signal(os.Interrupt)
-	if err := cmd.Wait(); err != nil {
+	server.Process.Signal(os.Interrupt)
+	if err := server.wait(t); err != nil {
 		t.Errorf("stop: %v", err)
 	}
 }
