@@ -148,6 +148,22 @@ func (k *kit) configs(t *testing.T, f func(t *testing.T, c Config, u *protocol.U
 	}
 }
 
+// A server that closes says so: a connection that was cut looks different.
+func TestCloseIsTold(t *testing.T) {
+	k := newKit(t)
+	k.configs(t, func(t *testing.T, config Config, u *protocol.URI) {
+		server, client, e1, e2 := meet(t, newServer(t, config), u)
+		if e1 != nil || e2 != nil {
+			t.Fatal(e1, e2)
+		}
+		server.Close()
+		if n, err := client.Read(make([]byte, 1)); err != io.EOF {
+			t.Errorf("read: got %d bytes and %v, want EOF", n, err)
+		}
+		client.Close()
+	})
+}
+
 // Data goes both ways at once, in pieces of all sizes.
 func TestData(t *testing.T) {
 	k := newKit(t)

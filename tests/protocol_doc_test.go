@@ -20,7 +20,7 @@ func TestProtocolPage(t *testing.T) {
 	page := string(b)
 	exists := map[string]bool{}
 	function := regexp.MustCompile(`(?m)^func ((?:Test|Fuzz)\w+)\(`)
-	for _, pkg := range []string{"protocol", "server", "client", "tests"} {
+	for _, pkg := range []string{"protocol", "server", "client", "nbdtls", "backend", "tests"} {
 		files, err := filepath.Glob("../" + pkg + "/*_test.go")
 		if err != nil {
 			t.Fatal(err)
