@@ -67,6 +67,7 @@ func (c *conn) transmit(r *reader) {
 	defer c.s.exports.leave(c)
 	r.in.head = c.negotiated.RequestSize()
 	r.arrived = time.Now()
+	c.sock.widen()
 	c.calling.Add(1)
 	c.start(r)
 	c.calling.Wait()

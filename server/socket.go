@@ -37,6 +37,13 @@ func (s *socket) init(nc net.Conn) {
 	}
 }
 
+// widen makes room for replies. An error means that there is less.
+func (s *socket) widen() {
+	if u, ok := s.nc.(*net.UnixConn); ok {
+		_ = u.SetWriteBuffer(sendBuffer)
+	}
+}
+
 func (s *socket) hot() bool { return s.nc == nil }
 
 // descriptor is valid until the socket is closed, or is made hot for the first
@@ -164,6 +171,11 @@ func (s *socket) close() {
 }
 
 const (
+	// sendBuffer is what the kernel may hold of replies on a Unix socket, in
+	// bytes, if net.core.wmem_max allows. The usual 208 KiB make who sends a long
+	// reply wait several times for who reads it; 4 MiB are no better than 1. TCP
+	// finds out by itself.
+	sendBuffer = 1 << 20
 	// hotWait is how long the reader of a hot socket waits for more. After that
 	// the socket is cold again, which costs some ten system calls.
 	hotWait = 20 * time.Millisecond
