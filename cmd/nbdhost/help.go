@@ -23,6 +23,7 @@ var examples = []struct{ command, what string }{
 	{"nbdhost @/etc/nbdhost/disk.args", "arguments from a file, one on each line"},
 	{"NBDHOST_ARGS='-r file disk.img' nbdhost", "arguments from the environment"},
 	{"nbdhost file --help", "what parameters does a plugin have?"},
+	{"nbdhost --supervise --log-format=json file disk.img", "a service that outlives crashes of the plugin"},
 	{"nbdhost --list", "what plugins are there?"},
 }
 

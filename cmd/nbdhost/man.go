@@ -155,6 +155,9 @@ var manualOptions = map[string]string{
 	"debug":                       "The server's own flags are backend.controlpath and backend.datapath, which show calls into modules (default 1), and environ, which shows the environment (default 0). A flag that nobody takes is worth a warning.",
 	"log":                         "Debug messages always go to standard error.",
 	"name":                        "Modules may ask for it.",
+	"supervise":                   "The parent keeps the sockets, and the log says which module crashed, in which call, for which request. Restarts wait for 100 ms to 5 s; a plugin that cannot be configured is not started again.",
+	"log-format":                  "An object has the connection, the client, the export, the command and its cookie, the module and the error as attributes.",
+	"slow-ms":                     "The time includes waiting for other requests where the thread model wants that.",
 	"dump-plugin":                 "See nbdkit-probing(1). Parameters may be given, and are handed to the plugin.",
 	"dump-config":                 "The keys are those of nbdkit-probing(1), with nbdhost_version and nbdkit_version.",
 	"list":                        "Each is loaded in a process of its own: one that cannot be used does no harm.",
@@ -182,6 +185,11 @@ The options -i, -p, -s, -U, --run and --vsock are errors then.`},
 	{"SIGNALS", `SIGINT, SIGTERM, SIGQUIT and SIGHUP end the server: no new client and no new request is
 accepted, requests in progress are finished, and the plugin is closed and unloaded. SIGPIPE is
 ignored.`},
+	{"SERVICE MANAGERS", `Where NOTIFY_SOCKET is in the environment, the server speaks sd_notify(3): READY=1,
+STOPPING=1, STATUS= with clients and rates, and WATCHDOG=1 where WATCHDOG_USEC asks for it and
+requests make progress.`},
+	{"SECRETS", `Passwords, tokens, cookies and keys are hidden in messages, and in what ps(1) shows of the
+server. Until it has read its command line ps(1) shows all of that.`},
 	{"ENVIRONMENT", `NBDHOST_ARGS has arguments that come before those of the command line, so that options
 on the command line win. Words are split and quoted as in a shell, but nothing is
 substituted. Programs that the server runs do not see it.
