@@ -255,6 +255,8 @@ func TestSetMetaContext(t *testing.T) {
 	open := option(protocol.OptGo, (&protocol.InfoRequest{}).AppendTo(nil))
 	status := request(protocol.Request{Type: protocol.CmdBlockStatus, Length: 512})
 	base := set(protocol.ContextBaseAllocation)
+	cutOff := (&protocol.MetaContextRequest{Queries: []string{protocol.ContextBaseAllocation, "other:"}}).AppendTo(nil)
+	cutOff = cutOff[:len(cutOff)-1]
 	for name, tt := range map[string]struct {
 		opts [][]byte
 		want bool
@@ -266,6 +268,7 @@ func TestSetMetaContext(t *testing.T) {
 		"nothing":                   {[][]byte{base, set()}, false},
 		"wildcard":                  {[][]byte{base, set("base:")}, false},
 		"bad data":                  {[][]byte{base, option(protocol.OptSetMetaContext, []byte{1})}, false},
+		"cut off after a match":     {[][]byte{option(protocol.OptSetMetaContext, cutOff)}, false},
 		"too long":                  {[][]byte{base, option(protocol.OptSetMetaContext, make([]byte, 1<<20))}, false},
 		"listing does not count":    {[][]byte{base, option(protocol.OptListMetaContext, (&protocol.MetaContextRequest{}).AppendTo(nil))}, true},
 		"only listed":               {[][]byte{option(protocol.OptListMetaContext, (&protocol.MetaContextRequest{}).AppendTo(nil))}, false},

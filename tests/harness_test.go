@@ -175,7 +175,9 @@ func tryStart(t testing.TB, program, dir string, tcp bool, args ...string) (*ser
 			<-s.exited
 		}
 		if t.Failed() {
-			t.Logf("%s %s\n%s", filepath.Base(program), strings.Join(all, " "), s.stderr())
+			last := s.stderr()
+			last = last[max(0, len(last)-64<<10):] // it may have run for an hour
+			t.Logf("%s %s\n%s", filepath.Base(program), strings.Join(all, " "), last)
 		}
 	})
 

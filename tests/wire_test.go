@@ -369,9 +369,12 @@ func TestMetaContextLeftOver(t *testing.T) {
 	s := startHost(t, "memory", "1M")
 	c := s.raw()
 	c.take(protocol.GreetingSize)
-	c.write(concat(modern, startSR, option(protocol.OptSetMetaContext, append(metaQuery("", "base:allocation"), 0))))
+	c.write(concat(modern, startSR))
 	c.wantOption(protocol.OptStructuredReply, protocol.RepAck)
-	c.wantOption(protocol.OptSetMetaContext, protocol.RepErrInvalid)
+	for _, opt := range []protocol.Option{protocol.OptSetMetaContext, protocol.OptListMetaContext} {
+		c.write(option(opt, append(metaQuery("", "base:allocation"), 0)))
+		c.wantOption(opt, protocol.RepErrInvalid)
+	}
 	c.Close()
 	s.stop()
 }
