@@ -168,6 +168,9 @@ func TestCancelWrite(t *testing.T) {
 				t.Errorf("got %v, need nothing before the flush", last.Type)
 			}
 			nc.Write(answered(last))
+			if rest, _ := io.ReadAll(nc); len(rest) > 0 {
+				t.Errorf("got %d bytes behind the flush, need none", len(rest))
+			}
 		})
 		c, err := way(nc, Options{SimpleReplies: true})
 		if err != nil {

@@ -28,11 +28,12 @@ type link struct {
 // began on, and nc that or what TLS made of it.
 func newLink(socket, nc net.Conn, blocking bool) (*link, error) {
 	l := &link{nc: nc, fd: -1}
-	sc, ok := socket.(syscall.Conn)
-	if !ok {
+	switch socket.(type) {
+	case *net.TCPConn, *net.UnixConn, *vsockConn:
+	default: // what wraps one of them may do more than it does
 		return l, nil
 	}
-	raw, err := sc.SyscallConn()
+	raw, err := socket.(syscall.Conn).SyscallConn()
 	if err != nil {
 		return l, nil
 	}
