@@ -14,13 +14,15 @@
 // (handshake.go) and, once an export is open, the transmission phase (reader.go):
 // it receives as much as the socket holds in one system call, runs every complete
 // request, and sends the replies with one more. While the connection is idle it
-// holds no buffer.
+// holds no buffer. Where requests follow each other at once, and few connections are
+// active, the goroutine blocks in the receive and keeps the poller out of it
+// (socket.go).
 //
 // Calls that are short, or that the thread model serialises, run on that
 // goroutine. Where calls take long they go to workers, which are started when
 // they are needed (worker.go). A call that was expected to be short and is not
 // loses the connection: the watcher (watch.go) hands the connection to a new
-// goroutine after at most two ticks of a millisecond, together with the replies
+// goroutine at its second look, after two to sixteen milliseconds, together with the replies
 // that wait to be sent and the requests that wait to be run. So one slow request
 // never holds up the others.
 //
