@@ -361,9 +361,9 @@ func serveClients(o *options, start *starter, out *logHandler,
 			srv.Shutdown()
 		}()
 	}
+	e.monitor.Attach(srv) // before anybody hears of it who may ask whether it is ready
 	err := announce(o, start, out)
 	stop.attach(srv)
-	e.monitor.Attach(srv)
 	done := make(chan struct{})
 	defer close(done)
 	go o.notify.follow(srv, done)
