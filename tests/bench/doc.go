@@ -8,7 +8,8 @@
 // A row is a plugin, an operation, a size, a number of requests in flight (d),
 // a number of connections (c), a transport and a number of filters (f), such as
 // memory/read/4k/d64/c1/unix/f0; n is for layers of nofilter.
-// Rows that begin with metrics: compare nbdhost that has --metrics with itself without.
+// Rows that begin with metrics: compare nbdhost that has --metrics with itself without,
+// and start both anew in each round.
 // All servers of a row run at the same time and are measured in turn, ROUNDS times
 // SECONDS each; in each round another one
 // begins. A ratio is the median over the rounds of nbdhost's figure divided by

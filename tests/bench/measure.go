@@ -72,25 +72,39 @@ func (b *bench) measure(ctx context.Context, r row, number string) *result {
 	all = append(all, res.others...)
 
 	servers := make(map[*series]*server)
-	for _, s := range all {
-		b.say("%s %s: starting %s", number, r.name(), s.kind)
-		server, err := b.prepare(ctx, s.kind, r)
-		if err != nil {
-			s.err = err
-			continue
+	stop := func() {
+		for _, s := range servers {
+			s.stop()
 		}
-		defer server.stop()
-		servers[s] = server
 	}
+	defer stop()
+	start := func() {
+		for _, s := range all {
+			b.say("%s %s: starting %s", number, r.name(), s.kind)
+			server, err := b.prepare(ctx, s.kind, r)
+			if err != nil {
+				s.err = err
+				continue
+			}
+			servers[s] = server
+		}
+	}
+	start()
 	if r.busy {
-		stop, err := b.hogs()
+		end, err := b.hogs()
 		if err != nil {
 			res.host.err = err
 			return res
 		}
-		defer stop()
+		defer end()
 	}
 	for round := range b.rounds {
+		if r.metrics && round > 0 {
+			// Two processes of the same program differ by several percent, for as long
+			// as they live: where their memory lies.
+			stop()
+			start()
+		}
 		for i := range all {
 			s := all[(i+round)%len(all)]
 			if s.err != nil || ctx.Err() != nil {
