@@ -136,6 +136,8 @@ func superviseChecks(args, names []string, hide *secrets, begin func(string), en
 	switch {
 	case hangs:
 		r.Saw = fmt.Sprintf("it has not ended after %v", checkTime)
+	case crash.report != "":
+		r.Saw = crash.report
 	case crash.line != "":
 		r.Saw = "the process crashed: " + crash.line
 	case r.Saw != "":
@@ -155,20 +157,28 @@ func superviseChecks(args, names []string, hide *secrets, begin func(string), en
 	return len(names), nil
 }
 
-// A crashFilter passes on what a process writes to its standard error, up to the
-// report of the Go runtime that it crashed, of which it keeps the first line.
+// A crashFilter passes on what a process writes to its standard error, but for the report
+// that a module crashed (loader.ReportCrashesTo), and up to that of the Go runtime that
+// the program did, of which it keeps the first line.
 type crashFilter struct {
-	w    io.Writer
-	line string
+	w            io.Writer
+	report, line string
 }
 
-// crashLine matches the first line of such a report.
+// crashReport matches a report of the former kind, without the rest of its line.
+var crashReport = regexp.MustCompile(`(?m)^nbdkit(?:\[.*\])?: error: ((?:(?:plugin|filter) \S+|a module|a thread outside of calls) (?:crashed with SIG|aborted \(SIG|called _?exit\().*)\n`)
+
+// crashLine matches the first line of one of the latter.
 var crashLine = regexp.MustCompile(`(?m)^(SIG[A-Z]+: .*|fatal error: .*|panic: .*|unexpected fault address .*)$`)
 
 func (f *crashFilter) Write(p []byte) (int, error) {
 	n := len(p)
 	if f.line != "" {
 		return n, nil
+	}
+	if at := crashReport.FindSubmatchIndex(p); at != nil {
+		f.report = string(p[at[2]:at[3]])
+		p = slices.Concat(p[:at[0]], p[at[1]:])
 	}
 	if at := crashLine.FindIndex(p); at != nil {
 		f.line = string(p[at[0]:at[1]])
