@@ -279,9 +279,10 @@ func TestDebugLines(t *testing.T) {
 
 // ownOptions is the list in cmd/nbdhost/options.go: what is not nbdkit's.
 var ownOptions = []string{
-	"--check", "--check-only", "--check-writes", "--completion", "--drain-timeout", "--filter-any-release", "--filter-path",
-	"--list", "--man", "--no-eh", "--no-extended-headers", "--plugin-path", "--sparse-reads",
-	"--strict-block-size",
+	"--bandwidth", "--check", "--check-only", "--check-writes", "--completion", "--drain-timeout", "--filter-any-release", "--filter-path",
+	"--health-read", "--healthcheck", "--list", "--log-format", "--man", "--max-bytes", "--max-bytes-per-connection",
+	"--max-connections", "--max-connections-per-address", "--max-requests", "--metrics", "--no-eh", "--no-extended-headers",
+	"--plugin-path", "--slow-ms", "--sparse-reads", "--strict-block-size", "--supervise",
 }
 
 // Programs look for options and keys: none may be missing, whatever the release.
