@@ -1,9 +1,9 @@
 package server
 
 import (
-	"cmp"
 	"errors"
 	"maps"
+	"math/bits"
 	"slices"
 	"strings"
 	"sync"
@@ -143,9 +143,17 @@ func (t *task) count() {
 	if t.err == nil && t.req.Type != protocol.CmdBlockStatus {
 		t.tally.bytes[i] += t.req.Length
 	}
-	if err := cmp.Or(t.err, t.tail); err != nil {
+	if err := t.failure(); err != nil {
 		t.c.counters.failed(t.req.Type, err, t.req.Flags)
 	}
+}
+
+// failure is the error that the reply to t.req has, or ends with; nil for none.
+func (t *task) failure() error {
+	if t.err != nil {
+		return t.err
+	}
+	return t.tail
 }
 
 // account passes on what was counted. It comes right before the replies are sent,
@@ -155,7 +163,6 @@ func (t *task) account() {
 		return
 	}
 	t.c.counters.add(&t.tally, time.Since(t.arrived))
-	t.tally = tally{}
 }
 
 // send sends the replies that wait.
@@ -178,19 +185,22 @@ func (c *counters) of(i int) *CommandStats {
 	return c.commands[i]
 }
 
+// add takes over what t has.
 func (c *counters) add(t *tally, latency time.Duration) {
-	bucket, _ := slices.BinarySearch(LatencyBounds[:], latency)
+	bucket := 0
+	for bucket < len(LatencyBounds) && latency > LatencyBounds[bucket] {
+		bucket++
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for i, n := range t.ops {
-		if t.used&(1<<i) == 0 {
-			continue
-		}
-		s := c.of(i)
-		s.Operations += uint64(n)
+	for ; t.used != 0; t.used &= t.used - 1 {
+		i := bits.TrailingZeros(t.used)
+		s, n := c.of(i), uint64(t.ops[i])
+		s.Operations += n
 		s.Bytes += t.bytes[i]
-		s.Latency[bucket] += uint64(n)
-		s.Seconds += latency.Seconds() * float64(n)
+		s.Latency[bucket] += n
+		s.Seconds += float64(latency) * float64(n) / float64(time.Second)
+		t.ops[i], t.bytes[i] = 0, 0
 	}
 }
 

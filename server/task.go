@@ -1,7 +1,6 @@
 package server
 
 import (
-	"cmp"
 	"errors"
 	"math"
 	"time"
@@ -188,7 +187,7 @@ func (t *task) pause() error {
 // it.
 func (t *task) finish() error {
 	t.count()
-	t.report(cmp.Or(t.err, t.tail))
+	t.report(t.failure())
 	t.call.Request = backend.Request{}
 	if err := t.reply(); err != nil {
 		t.c.giveBack(&t.held)
