@@ -26,7 +26,7 @@ var arrows = map[string][]string{
 	"nbdhost/cmd/nbdhost": {"nbdhost/loader", "nbdhost/server", "nbdhost/backend", "nbdhost/protocol", "nbdhost/nbdtls", "nbdhost/check", "nbdhost/monitor"},
 	"nbdhost/tests":       nil,
 	"nbdhost/client/nbds": {"nbdhost/client", "nbdhost/nbdtls"},
-	"nbdhost/tests/bench": {"nbdhost/client", "nbdhost/client/nbds"},
+	"nbdhost/tests/bench": {"nbdhost/client", "nbdhost/client/nbds", "nbdhost/nbdtls", "nbdhost/protocol"},
 	"nbdhost/tests/vsock": {"nbdhost/client"},
 	"nbdhost/tests/pki":   nil,
 }

@@ -7,7 +7,10 @@
 //
 // A row is a plugin, an operation, a size, a number of requests in flight (d),
 // a number of connections (c), a transport and a number of filters (f), such as
-// memory/read/4k/d64/c1/unix/f0; n is for layers of nofilter.
+// memory/read/4k/d64/c1/unix/f0; n is for layers of nofilter. The transports tls and
+// psk are TLS on a Unix socket, with certificates and with a pre-shared key, tlstcp and
+// psktcp on TCP. Client and servers negotiate by themselves; a row of which the
+// servers negotiate different algorithms fails.
 // Rows that begin with metrics: compare nbdhost that has --metrics with itself without,
 // and start both anew in each round.
 // All servers of a row run at the same time and are measured in turn, ROUNDS times
@@ -28,6 +31,7 @@
 //	measure.go  one row
 //	clients.go  fio, nbdcopy and qemu-img
 //	single.go   figures that are no rows: start, memory, idle connections
+//	secure.go   keys and certificates for TLS
 //	report.go   tables; the part of docs/performance.md between its marks
 //	plot.go     plots
 //	load.go     the load generator, on package client

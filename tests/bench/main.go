@@ -102,6 +102,9 @@ func run(args []string, stdout, stderr io.Writer) (err error) {
 	if err := b.compile(); err != nil {
 		return err
 	}
+	if err := errors.Join(writeKeys(b.path("keys.psk")), writeCertificates(b.path("pki"))); err != nil {
+		return err
+	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 
@@ -119,7 +122,7 @@ func run(args []string, stdout, stderr io.Writer) (err error) {
 		rep.rows = append(rep.rows, res)
 		table.row(res)
 	}
-	table.legend()
+	table.legend(rep.rows)
 	for i, s := range selected.singles {
 		if ctx.Err() != nil {
 			break

@@ -60,6 +60,7 @@ type result struct {
 	row    row
 	host   *series
 	others []*series
+	tls    string // what all servers negotiated, or empty
 }
 
 // measure measures a row. What fails is in the series.
@@ -87,6 +88,11 @@ func (b *bench) measure(ctx context.Context, r row, number string) *result {
 				continue
 			}
 			servers[s] = server
+			if server.tls != res.tls && res.tls != "" {
+				s.err = fmt.Errorf("negotiated %s, where nbdhost has %s", server.tls, res.tls)
+				continue
+			}
+			res.tls = server.tls
 		}
 	}
 	start()
@@ -142,6 +148,12 @@ func (b *bench) prepare(ctx context.Context, kind string, r row) (*server, error
 	s, err := b.start(ctx, kind, r)
 	if err != nil {
 		return nil, err
+	}
+	if r.secured() {
+		if s.tls, err = negotiated(ctx, s.uri()); err != nil {
+			s.stop()
+			return nil, fmt.Errorf("negotiate TLS: %w", err)
+		}
 	}
 	if r.plugin == "memory" && kind != "floor" {
 		args := []string{"mode=fill", "depth=4", "size=1048576", fmt.Sprintf("span=%d", size)}

@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -121,11 +122,14 @@ func (t *textTable) row(res *result) {
 	}
 }
 
-func (t *textTable) legend() {
+func (t *textTable) legend(rows []*result) {
 	if !t.begun {
 		return
 	}
 	fmt.Fprintln(t.w, "\nThe columns with × are nbdhost's figure divided by that of the line's server, median of the rounds.")
+	for _, s := range suites(rows) {
+		fmt.Fprintln(t.w, s)
+	}
 }
 
 func (t *textTable) singles(figures []figure, first bool) {
@@ -146,6 +150,19 @@ func (f *figure) texts() (host, kit, ratio, goal string) {
 		goal += " " + verdict(f.met())
 	}
 	return digits(f.host), digits(f.kit), ratioText(f.ratio), goal
+}
+
+// suites says what was negotiated in the rows with TLS, by both servers.
+func suites(rows []*result) (lines []string) {
+	for _, res := range rows {
+		if res.tls == "" {
+			continue
+		}
+		if s := fmt.Sprintf("Rows of %s: %s.", res.row.transport, res.tls); !slices.Contains(lines, s) {
+			lines = append(lines, s)
+		}
+	}
+	return lines
 }
 
 const (
@@ -215,6 +232,9 @@ func (rep *report) markdown(w io.Writer) {
 	fmt.Fprintf(w, "\nGoals met: %d of %d.\n", met, met+below)
 	if rows.Len() > 0 {
 		fmt.Fprintf(w, "\n| row | %s |\n|---|---|%s\n%s", strings.Join(header.list(), " | "), strings.Repeat("--:|", 9)+"---|", &rows)
+	}
+	for _, s := range suites(rep.rows) {
+		fmt.Fprintf(w, "\n%s\n", s)
 	}
 	if others.Len() > 0 {
 		fmt.Fprintf(w, "\n| figure | unit | nbdhost | nbdkit | ratio | goal |\n|---|---|--:|--:|--:|---|\n%s", &others)

@@ -22,7 +22,7 @@ type row struct {
 	size      int    // of a request, in bytes
 	depth     int    // requests in flight on each connection
 	conns     int
-	transport string // unix, tcp or tls (on a Unix socket)
+	transport string // unix or tcp, or with TLS tls or tlstcp (certificates), psk or psktcp (a pre-shared key)
 	filters   int    // of filterChain
 	busy      bool   // all processors have other work
 	threads   int    // of nbdhost; 0 is its default
@@ -63,7 +63,7 @@ func (r row) others() []string {
 		return []string{"without"}
 	}
 	servers := []string{"nbdkit"}
-	if r.transport == "tls" {
+	if r.secured() {
 		return servers
 	}
 	if r.plugin == "memory" && r.op != "status" && r.filters+r.nofilters == 0 && r.threads == 0 {
@@ -74,6 +74,9 @@ func (r row) others() []string {
 	}
 	return servers
 }
+
+// secured tells whether the row is about TLS.
+func (r row) secured() bool { return r.transport != "unix" && r.transport != "tcp" }
 
 // base is what the rows vary.
 var base = row{client: "load", plugin: "memory", op: "read", size: 4 * kib, depth: 1, conns: 1, transport: "unix"}
@@ -156,9 +159,18 @@ func otherRows() (rows []row) {
 		{client: "nbdcopy", plugin: "file", size: 256 * kib, depth: 64, conns: 4},
 		{client: "qemu-img", size: 2 * mib, depth: 8}, {client: "qemu-img", plugin: "file", size: 2 * mib, depth: 8},
 		{client: "qemu-img", op: "write", size: 2 * mib, depth: 8},
-		{client: "nbdcopy", transport: "tls", size: 256 * kib, depth: 64, conns: 4},
-		{client: "nbdcopy", transport: "tls", op: "write", size: 256 * kib, depth: 64, conns: 4},
 		{metrics: true, depth: 64}, {metrics: true, op: "write", depth: 64}, {metrics: true, depth: 1},
+	}
+	for _, transport := range []string{"tls", "tlstcp", "psk", "psktcp"} {
+		for _, op := range ops {
+			rows = append(rows, row{transport: transport, op: op, depth: 1}, row{transport: transport, op: op, depth: 64},
+				row{transport: transport, op: op, size: mib, depth: 8})
+		}
+	}
+	for _, transport := range []string{"tls", "psk"} {
+		for _, op := range ops {
+			rows = append(rows, row{client: "nbdcopy", transport: transport, op: op, size: 256 * kib, depth: 64, conns: 4})
+		}
 	}
 	for _, n := range []int{1, 3, 8} {
 		rows = append(rows, row{nofilters: n, depth: 1}, row{nofilters: n, depth: 64}, row{nofilters: n, depth: 64, op: "write"})

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -13,6 +14,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"nbdhost/protocol"
 )
 
 const (
@@ -32,6 +35,8 @@ type server struct {
 	socket string // its path, or empty
 	port   int    // on 127.0.0.1, or 0
 	keys   string // the file of pre-shared keys for TLS, or empty
+	certs  string // the directory of certificates for TLS, or empty
+	tls    string // what the load generator negotiates with it, or empty
 	cmd    *exec.Cmd
 	stderr bytes.Buffer
 	exited chan struct{} // closed when it has exited
@@ -44,18 +49,18 @@ func plugin(name string) string { return pluginDir + "nbdkit-" + name + "-plugin
 // start starts the server that the row wants and returns when it takes connections.
 func (b *bench) start(ctx context.Context, kind string, r row) (*server, error) {
 	s := &server{kind: kind, exited: make(chan struct{})}
-	if r.transport == "tcp" {
+	if strings.HasSuffix(r.transport, "tcp") {
 		b.port++
 		s.port = b.port
 	} else {
 		s.socket = b.path(kind + ".sock")
 		os.Remove(s.socket)
 	}
-	if r.transport == "tls" {
+	switch {
+	case strings.HasPrefix(r.transport, "psk"):
 		s.keys = b.path("keys.psk")
-		if err := os.WriteFile(s.keys, []byte("bench:"+strings.Repeat("5a", 32)+"\n"), 0o600); err != nil {
-			return nil, err
-		}
+	case r.secured():
+		s.certs = b.path("pki")
 	}
 	program, args := b.arguments(s, r)
 	s.cmd = exec.Command(program, args...)
@@ -121,9 +126,11 @@ func (b *bench) arguments(s *server, r row) (program string, args []string) {
 	} else {
 		args = append(args, "-i", "127.0.0.1", "-p", strconv.Itoa(s.port))
 	}
-	if s.keys != "" {
-		// Not required: the memory is filled without.
-		args = append(args, "--tls=on", "--tls-psk="+s.keys)
+	switch {
+	case s.keys != "":
+		args = append(args, "--tls=require", "--tls-psk="+s.keys)
+	case s.certs != "":
+		args = append(args, "--tls=require", "--tls-certificates="+s.certs)
 	}
 	if r.metrics && s.kind == "nbdhost" {
 		args = append(args, "--metrics=unix:"+b.path("metrics.sock"))
@@ -175,13 +182,18 @@ func (s *server) address() (network, address string) {
 
 // uri is for clients.
 func (s *server) uri() string {
-	if s.keys != "" {
-		return "nbds+unix://bench@/?socket=" + s.socket + "&tls-psk-file=" + s.keys
-	}
+	u := protocol.URI{Transport: protocol.TransportTCP, Host: "127.0.0.1", Port: uint32(s.port), TLS: s.keys+s.certs != "", Params: url.Values{}}
 	if s.socket != "" {
-		return "nbd+unix:///?socket=" + s.socket
+		u.Transport, u.Socket = protocol.TransportUnix, s.socket
 	}
-	return fmt.Sprintf("nbd://127.0.0.1:%d/", s.port)
+	if s.keys != "" {
+		u.User = "bench"
+		u.Params.Set("tls-psk-file", s.keys)
+	}
+	if s.certs != "" {
+		u.Params.Set("tls-certificates", s.certs)
+	}
+	return u.String()
 }
 
 // stop ends the server and waits for it.
