@@ -12,9 +12,10 @@ import (
 type Conn interface {
 	net.Conn
 
-	// TryRead reads what is there without waiting, and fails with
-	// syscall.EAGAIN where nothing is: then more must arrive on the connection
-	// below first. It is for the function that syscall.RawConn.Read of that
+	// TryRead reads what is there without waiting, as many records as p takes,
+	// and fails with syscall.EAGAIN where nothing is: then more must arrive on the
+	// connection below first. After anything else it has to be called again
+	// before that is waited for. It is for the function that syscall.RawConn.Read of that
 	// connection calls, with the descriptor that this gets.
 	TryRead(fd uintptr, p []byte) (int, error)
 

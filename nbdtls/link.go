@@ -5,7 +5,6 @@ import (
 	"net"
 	"os"
 	"sync"
-	"syscall"
 
 	"golang.org/x/sys/unix"
 )
@@ -23,6 +22,7 @@ type link struct {
 
 	// Of the goroutine that reads.
 	trying     bool // Read does not wait, and reads the descriptor itself
+	drained    bool // the last of those reads took all that was there
 	descriptor int
 
 	mu     sync.Mutex // guards what follows; held while it is written
@@ -35,17 +35,20 @@ type link struct {
 // crypto/tls it is a timeout, after which Read may be tried again.
 type wouldBlock struct{}
 
-func (wouldBlock) Error() string        { return "no data yet" }
-func (wouldBlock) Timeout() bool        { return true }
-func (wouldBlock) Temporary() bool      { return true }
-func (wouldBlock) errno() syscall.Errno { return unix.EAGAIN }
+func (wouldBlock) Error() string   { return "no data yet" }
+func (wouldBlock) Timeout() bool   { return true }
+func (wouldBlock) Temporary() bool { return true }
 
 func (l *link) Read(p []byte) (int, error) {
 	if !l.trying {
 		return l.Conn.Read(p)
 	}
+	if l.drained {
+		return 0, wouldBlock{}
+	}
 	for {
 		n, err := unix.Read(l.descriptor, p)
+		l.drained = n < len(p)
 		switch {
 		case err == unix.EINTR:
 			continue

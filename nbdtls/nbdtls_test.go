@@ -277,6 +277,38 @@ func TestTryRead(t *testing.T) {
 	})
 }
 
+// TryRead takes many records at once, and tells of the end behind them afterwards.
+func TestTryReadManyRecords(t *testing.T) {
+	k := newKit(t)
+	k.configs(t, func(t *testing.T, config Config, u *protocol.URI) {
+		server, client, e1, e2 := meet(t, newServer(t, config), u)
+		if e1 != nil || e2 != nil {
+			t.Fatal(e1, e2)
+		}
+		defer server.Close()
+		for _, s := range []string{"one ", "two ", "three"} {
+			if _, err := client.Write([]byte(s)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		client.Close()
+		buf := make([]byte, 100)
+		_ = socketOf(t, server).Control(func(fd uintptr) {
+			if n, err := server.TryRead(fd, buf[:6]); string(buf[:n]) != "one tw" || err != nil {
+				t.Errorf("got %q and %v", buf[:n], err)
+			}
+			if n, err := server.TryRead(fd, buf); string(buf[:n]) != "o three" || err != nil {
+				t.Errorf("got %q and %v", buf[:n], err)
+			}
+			for range 2 {
+				if n, err := server.TryRead(fd, buf); n != 0 || err != io.EOF {
+					t.Errorf("got %q and %v, want the end", buf[:n], err)
+				}
+			}
+		})
+	})
+}
+
 func socketOf(t *testing.T, c Conn) syscall.RawConn {
 	t.Helper()
 	below := any(nil)

@@ -31,6 +31,11 @@ type session struct {
 	// handle is 0.
 	reading, writing sync.Mutex
 	handle           handle
+
+	// What GnuTLS said after some data, to be told at the next read: it would not
+	// say it again. Guarded by reading.
+	ended bool
+	end   int32
 }
 
 func (c *credentials) handshake(nc net.Conn) (Conn, error) {
@@ -188,13 +193,19 @@ func again(code int32, fd uintptr) bool {
 	return false
 }
 
-// receive reads once without waiting. The caller holds reading.
+// receive reads a record, or what p takes of it, without waiting. The caller holds
+// reading.
 func (s *session) receive(fd uintptr, p []byte) (int, error) {
 	if s.handle == 0 {
 		return 0, net.ErrClosed
 	}
 	for {
-		switch n := s.move(s.g.record_recv, p); {
+		n := s.end
+		if !s.ended {
+			n = s.move(s.g.record_recv, p)
+		}
+		s.ended = false
+		switch {
 		case n > 0:
 			return int(n), nil
 		case again(n, fd):
@@ -211,7 +222,19 @@ func (s *session) receive(fd uintptr, p []byte) (int, error) {
 func (s *session) TryRead(fd uintptr, p []byte) (int, error) {
 	s.reading.Lock()
 	defer s.reading.Unlock()
-	return s.receive(fd, p)
+	n, err := s.receive(fd, p)
+	if err != nil {
+		return 0, err
+	}
+	for n < len(p) {
+		got := s.move(s.g.record_recv, p[n:])
+		if got <= 0 {
+			s.ended, s.end = got != gnutlsAgain, got
+			break
+		}
+		n += int(got)
+	}
+	return n, nil
 }
 
 func (s *session) Read(p []byte) (n int, err error) {

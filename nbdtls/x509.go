@@ -13,6 +13,8 @@ import (
 	"path/filepath"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // x509Source is a directory of certificates.
@@ -237,16 +239,23 @@ func (c *standardConn) Description() string {
 	return tls.VersionName(s.Version) + " " + tls.CipherSuiteName(s.CipherSuite)
 }
 
-func (c *standardConn) TryRead(fd uintptr, p []byte) (int, error) {
-	c.link.descriptor = int(fd)
-	c.link.trying = true
-	n, err := c.Conn.Read(p)
-	c.link.trying = false
-	var nothing wouldBlock
-	if n == 0 && errors.As(err, &nothing) {
-		return 0, nothing.errno()
+func (c *standardConn) TryRead(fd uintptr, p []byte) (n int, err error) {
+	c.link.descriptor, c.link.trying, c.link.drained = int(fd), true, false
+	defer func() { c.link.trying = false }()
+	for n < len(p) {
+		got, err := c.Conn.Read(p[n:])
+		n += got
+		switch {
+		case err == nil:
+			continue
+		case n > 0:
+			return n, nil // the error comes again
+		case errors.As(err, new(wouldBlock)):
+			return 0, unix.EAGAIN
+		}
+		return 0, err
 	}
-	return n, err
+	return n, nil
 }
 
 // Write sends all records that p takes with as few calls of the system as the

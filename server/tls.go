@@ -14,8 +14,8 @@ import (
 // connection below, and Close closes that as well.
 type TLSConn interface {
 	net.Conn
-	// TryRead reads what is there without waiting, and fails with
-	// syscall.EAGAIN where nothing is. It is called within
+	// TryRead reads what is there without waiting, as much as p takes, and fails
+	// with syscall.EAGAIN where nothing is. It is called within
 	// syscall.RawConn.Read of the connection below, with the descriptor.
 	TryRead(fd uintptr, p []byte) (int, error)
 	// Peer is the distinguished names (RFC 4514) of the client's certificate
@@ -98,24 +98,10 @@ var errPlain = errors.New("negotiate TLS first: this server demands it")
 // needs more: what is more would leave the processor's cache.
 const decryptSize = 64 << 10
 
-// decrypt receives what is there under TLS, more than one record if need be.
-func (in *input) decrypt(fd uintptr) (n int, err error) {
-	for n < decryptSize || in.end+n-in.start < in.room {
-		p := in.buf.B[in.end+n:]
-		if len(p) == 0 {
-			break
-		}
-		var got int
-		got, err = in.secure.TryRead(fd, p)
-		n += got
-		if err != nil {
-			break
-		}
-	}
-	if n > 0 {
-		return n, nil // an error comes again
-	}
-	return 0, err
+// decrypt receives what is there under TLS.
+func (in *input) decrypt(fd uintptr) (int, error) {
+	p := in.buf.B[in.end:]
+	return in.secure.TryRead(fd, p[:min(len(p), max(decryptSize, in.room-(in.end-in.start)))])
 }
 
 // receiveOnce receives once without waiting; 0 bytes are the end.

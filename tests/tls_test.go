@@ -17,6 +17,8 @@ import (
 	"strings"
 	"testing"
 
+	"golang.org/x/sys/cpu"
+
 	"nbdhost/client"
 	_ "nbdhost/client/nbds"
 	"nbdhost/protocol"
@@ -569,6 +571,10 @@ func TestTLSTools(t *testing.T) {
 	onlyNbdhost(t)
 	abort := option(protocol.OptAbort, nil)
 	reply := string((&protocol.OptionReplyHeader{Option: protocol.OptAbort, Type: protocol.RepAck}).AppendTo(nil))
+	fast := "(CHACHA20-POLY1305)"
+	if cpu.X86.HasAES && cpu.X86.HasPCLMULQDQ {
+		fast = "(AES-128-GCM)"
+	}
 	for _, tt := range []struct {
 		name  string
 		args  []string
@@ -584,6 +590,9 @@ func TestTLSTools(t *testing.T) {
 			[]string{"gnutls-cli", "--x509cafile=DIR/client/ca-cert.pem", "--priority=NORMAL:-VERS-ALL:+VERS-TLS1.1", "-p", "PORT", "127.0.0.1"}, "rotocol version"},
 		{"gnutls-cli PSK", []string{"--tls-psk=DIR/psk/keys.psk"}, abort,
 			[]string{"gnutls-cli", "--logfile=DIR/log", "--pskusername=alice", "--pskkey=" + aliceKey, "--priority=NORMAL:-KX-ALL:+ECDHE-PSK:+DHE-PSK:+PSK", "-p", "PORT", "127.0.0.1"}, ""},
+		// Where the processor has AES it comes before ChaCha20, whatever the client prefers.
+		{"gnutls-cli PSK, ChaCha20 first", []string{"--tls-psk=DIR/psk/keys.psk"}, abort,
+			[]string{"gnutls-cli", "--pskusername=alice", "--pskkey=" + aliceKey, "--priority=NORMAL:-KX-ALL:+ECDHE-PSK:+DHE-PSK:+PSK", "-p", "PORT", "127.0.0.1"}, fast},
 		{"openssl", []string{"--tls-certificates=DIR/server", "--tls-verify-peer"}, abort,
 			[]string{"openssl", "s_client", "-quiet", "-verify_return_error", "-CAfile", "DIR/client/ca-cert.pem", "-cert", "DIR/client/client-cert.pem", "-key", "DIR/client/client-key.pem", "-connect", "127.0.0.1:PORT"}, ""},
 		{"openssl TLS 1.2", []string{"--tls-certificates=DIR/server"}, abort,
