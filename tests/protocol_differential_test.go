@@ -1,7 +1,7 @@
 package tests
 
 import (
-	"bufio"
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"flag"
@@ -90,14 +90,16 @@ func TestDifferential(t *testing.T) {
 					}
 				}
 				var heard [2]string
+				var raw [2]bytes.Buffer
 				for i, s := range servers {
 					var err error
-					if heard[i], err = hear(s, said); err != nil {
+					if heard[i], err = hear(s, said, &raw[i]); err != nil {
 						t.Fatalf("seed %d: read from %s: %v after\n%s\nthe client said:\n%x", seed, s.program, err, heard[i], said.bytes)
 					}
 				}
 				if heard[0] != heard[1] {
-					t.Fatalf("seed %d: unlike nbdkit in this:\n%s\nthe client said:\n%x", seed, difference(heard[0], heard[1]), said.bytes)
+					t.Fatalf("seed %d: unlike nbdkit in this:\n%s\nthe client said:\n%x\nand this server:\n%x",
+						seed, difference(heard[0], heard[1]), said.bytes, raw[1].Bytes())
 				}
 			}
 			for _, s := range servers {
@@ -356,9 +358,9 @@ func special(m []byte) bool {
 	return false
 }
 
-// hear says it all to a server and returns what comes back, in words. It fails
-// where that is not NBD.
-func hear(s *server, v said) (string, error) {
+// hear says it all to a server and returns what comes back, in words, and writes the
+// bytes of it to heard. It fails where that is not NBD.
+func hear(s *server, v said, heard io.Writer) (string, error) {
 	// Not s.dial, which remembers each connection until the test ends.
 	conn, err := net.Dial(s.network, s.address)
 	if err != nil {
@@ -366,7 +368,8 @@ func hear(s *server, v said) (string, error) {
 	}
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(patience))
-	c := &raw{t: s.t, Conn: conn, r: bufio.NewReader(conn), reads: v.reads}
+	c := newRaw(s.t, conn, io.TeeReader(conn, heard))
+	c.reads = v.reads
 	sent := make(chan struct{})
 	go func() {
 		defer close(sent)

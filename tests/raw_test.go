@@ -22,6 +22,8 @@ type raw struct {
 	// reads has the length of each NBD_CMD_READ by its cookie: a simple reply
 	// does not say how much data follows.
 	reads map[uint64]int
+	// partial has by its cookie what came of a reply that goes on.
+	partial map[uint64]reply
 	// flags and size are the export's, after hello.
 	flags protocol.ExportFlags
 	size  uint64
@@ -30,7 +32,12 @@ type raw struct {
 func (s *server) raw() *raw {
 	s.t.Helper()
 	c := s.dial()
-	return &raw{t: s.t, Conn: c, r: bufio.NewReader(c), reads: map[uint64]int{}}
+	return newRaw(s.t, c, c)
+}
+
+// newRaw speaks on c and listens to r.
+func newRaw(t testing.TB, c net.Conn, r io.Reader) *raw {
+	return &raw{t: t, Conn: c, r: bufio.NewReader(r), reads: map[uint64]int{}, partial: map[uint64]reply{}}
 }
 
 // hello shakes hands for the default export, with or without structured replies
@@ -153,7 +160,8 @@ func (r reply) String() string {
 	return fmt.Sprintf("cookie %d: %v %q, %d bytes", r.cookie, r.errno, r.msg, len(r.data))
 }
 
-// next reads one whole reply. Chunks of one reply must follow each other.
+// next reads until one reply is whole. Chunks of others may come in between
+// ("Structured reply chunk message").
 func (c *raw) next() (r reply) {
 	c.t.Helper()
 	r, err := c.nextReply()
@@ -200,6 +208,7 @@ func (c *raw) nextReply() (r reply, err error) {
 		if _, err := io.ReadFull(c.r, data); err != nil {
 			return r, err
 		}
+		r = c.partial[h.Cookie]
 		r.cookie = h.Cookie
 		switch {
 		case h.Type.IsError():
@@ -216,8 +225,10 @@ func (c *raw) nextReply() (r reply, err error) {
 			r.data = append(r.data, data[4:]...)
 		}
 		if h.Flags&protocol.ReplyFlagDone != 0 {
+			delete(c.partial, h.Cookie)
 			return r, nil
 		}
+		c.partial[h.Cookie] = r
 	}
 }
 
