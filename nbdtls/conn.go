@@ -19,6 +19,11 @@ type Conn interface {
 	// connection calls, with the descriptor that this gets.
 	TryRead(fd uintptr, p []byte) (int, error)
 
+	// Move makes nc the connection below: the same socket, perhaps with another
+	// descriptor, and perhaps one on which TryRead waits for the first byte.
+	// Nobody reads or writes meanwhile. After an error only Close is left.
+	Move(nc net.Conn) error
+
 	// Peer is the distinguished names (RFC 4514) of the peer's certificate and
 	// of who issued it; both are empty where it showed none.
 	Peer() (subject, issuer string)

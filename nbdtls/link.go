@@ -22,8 +22,9 @@ type link struct {
 
 	// Of the goroutine that reads.
 	trying     bool // Read does not wait, and reads the descriptor itself
-	drained    bool // the last of those reads took all that was there
 	descriptor int
+	more       bool // something has come: Read must not wait, even if the socket would
+	drained    bool // the last read took all that was there
 
 	mu     sync.Mutex // guards what follows; held while it is written
 	corked bool
@@ -43,16 +44,22 @@ func (l *link) Read(p []byte) (int, error) {
 	if !l.trying {
 		return l.Conn.Read(p)
 	}
-	if l.drained {
+	if l.more && l.drained {
 		return 0, wouldBlock{}
 	}
 	for {
-		n, err := unix.Read(l.descriptor, p)
+		var n int
+		var err error
+		if l.more {
+			n, _, err = unix.Recvfrom(l.descriptor, p, unix.MSG_DONTWAIT)
+		} else {
+			n, err = unix.Read(l.descriptor, p)
+		}
 		l.drained = n < len(p)
 		switch {
 		case err == unix.EINTR:
 			continue
-		case err == unix.EAGAIN:
+		case err == unix.EAGAIN, err == unix.ENOTSOCK: // not a pipe's first read
 			return 0, wouldBlock{}
 		case err != nil:
 			return 0, os.NewSyscallError("receive", err)
@@ -81,6 +88,12 @@ func (l *link) Write(p []byte) (int, error) {
 		l.flush()
 	}
 	return len(p), l.err
+}
+
+func (l *link) move(nc net.Conn) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.Conn = nc
 }
 
 func (l *link) flush() {

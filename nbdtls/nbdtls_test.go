@@ -291,7 +291,7 @@ func TestTryReadManyRecords(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		client.Close()
+		belowOf(client.(Conn)).Close() // without a word of TLS's
 		buf := make([]byte, 100)
 		_ = socketOf(t, server).Control(func(fd uintptr) {
 			if n, err := server.TryRead(fd, buf[:6]); string(buf[:n]) != "one tw" || err != nil {
@@ -300,25 +300,80 @@ func TestTryReadManyRecords(t *testing.T) {
 			if n, err := server.TryRead(fd, buf); string(buf[:n]) != "o three" || err != nil {
 				t.Errorf("got %q and %v", buf[:n], err)
 			}
-			for range 2 {
-				if n, err := server.TryRead(fd, buf); n != 0 || err != io.EOF {
-					t.Errorf("got %q and %v, want the end", buf[:n], err)
-				}
+			if n, err := server.TryRead(fd, buf); n != 0 || err != io.EOF {
+				t.Errorf("got %q and %v, want the end", buf[:n], err)
 			}
 		})
 	})
 }
 
+// A connection goes on on another descriptor of the same socket, one that blocks:
+// TryRead waits there for the first byte and for no other.
+func TestMove(t *testing.T) {
+	k := newKit(t)
+	k.configs(t, func(t *testing.T, config Config, u *protocol.URI) {
+		server, client, e1, e2 := meet(t, newServer(t, config), u)
+		if e1 != nil || e2 != nil {
+			t.Fatal(e1, e2)
+		}
+		defer client.Close()
+		defer server.Close()
+		var f *os.File
+		_ = socketOf(t, server).Control(func(fd uintptr) {
+			dup, err := syscall.Dup(int(fd))
+			if err != nil {
+				t.Fatal(err)
+			}
+			f = os.NewFile(uintptr(dup), "")
+		})
+		nc, err := net.FileConn(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		belowOf(server).Close()
+		if err := server.Move(nc); err != nil {
+			t.Fatal(err)
+		}
+		fd := int(f.Fd())
+		defer f.Close()
+		if err := syscall.SetNonblock(fd, false); err != nil { // nc as well: they are one socket
+			t.Fatal(err)
+		}
+		buf := make([]byte, 100)
+		for _, want := range []string{"ping", strings.Repeat("p", len(buf))} {
+			if _, err := client.Write([]byte(want)); err != nil {
+				t.Fatal(err)
+			}
+			if n, err := server.TryRead(uintptr(fd), buf); string(buf[:n]) != want || err != nil {
+				t.Fatalf("got %q and %v, want %q", buf[:n], err, want)
+			}
+			if _, err := server.Write([]byte(want)); err != nil {
+				t.Fatal(err)
+			}
+			if n, err := client.Read(buf); string(buf[:n]) != want {
+				t.Fatalf("got %q and %v, want %q", buf[:n], err, want)
+			}
+		}
+		timeout := syscall.NsecToTimeval(1e6)
+		if err := syscall.SetsockoptTimeval(fd, syscall.SOL_SOCKET, syscall.SO_RCVTIMEO, &timeout); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := server.TryRead(uintptr(fd), buf); err != syscall.EAGAIN {
+			t.Errorf("got %q and %v after a while without data", buf[:n], err)
+		}
+	})
+}
+
+func belowOf(c Conn) net.Conn {
+	if c, ok := c.(*standardConn); ok {
+		return c.link.Conn
+	}
+	return c.(*session).Conn
+}
+
 func socketOf(t *testing.T, c Conn) syscall.RawConn {
 	t.Helper()
-	below := any(nil)
-	switch c := c.(type) {
-	case *standardConn:
-		below = c.link.Conn
-	case *session:
-		below = c.Conn
-	}
-	raw, err := below.(syscall.Conn).SyscallConn()
+	raw, err := belowOf(c).(syscall.Conn).SyscallConn()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -56,26 +56,18 @@ func (c *credentials) handshake(nc net.Conn) (Conn, error) {
 
 // newSession makes a session that nobody but the caller knows.
 func (c *credentials) newSession(nc net.Conn, flags uint32) (*session, error) {
-	sc, ok := nc.(syscall.Conn)
-	if !ok {
-		return nil, fmt.Errorf("start TLS on a %T: need a socket", nc)
-	}
-	raw, err := sc.SyscallConn()
-	if err != nil {
-		return nil, err
-	}
-	s := &session{Conn: nc, raw: raw, g: c.g, creds: c}
+	s := &session{g: c.g, creds: c}
 	g := c.g
 	if err := g.errorOf(g.init(&s.handle, flags|gnutlsNonblock|gnutlsNoSignal)); err != nil {
 		return nil, err
 	}
-	err = g.errorOf(g.priority_set(s.handle, c.priority))
+	err := g.errorOf(g.priority_set(s.handle, c.priority))
 	if err == nil {
 		err = g.errorOf(g.credentials_set(s.handle, c.kind, c.handle))
 	}
 	if err == nil {
 		g.handshake_set_timeout(s.handle, 0) // the connection's deadlines do that
-		err = raw.Control(func(fd uintptr) { g.transport_set_int2(s.handle, int32(fd), int32(fd)) })
+		err = s.Move(nc)
 	}
 	if err != nil {
 		s.free()
@@ -162,6 +154,19 @@ func (s *session) failure(code int32) error {
 	return errors.New(text)
 }
 
+func (s *session) Move(nc net.Conn) error {
+	sc, ok := nc.(syscall.Conn)
+	if !ok {
+		return fmt.Errorf("use TLS on a %T: need a socket", nc)
+	}
+	raw, err := sc.SyscallConn()
+	if err != nil {
+		return err
+	}
+	s.Conn, s.raw = nc, raw
+	return raw.Control(func(fd uintptr) { s.g.transport_set_int2(s.handle, int32(fd), int32(fd)) })
+}
+
 func (s *session) Description() string { return s.desc }
 
 func (s *session) free() {
@@ -187,10 +192,16 @@ func again(code int32, fd uintptr) bool {
 	case gnutlsInterrupted, gnutlsWarningAlert:
 		return true
 	case gnutlsAgain:
-		_, _, err := unix.Recvfrom(int(fd), make([]byte, 1), unix.MSG_PEEK|unix.MSG_DONTWAIT)
-		return err != unix.EAGAIN
+		return !empty(fd)
 	}
 	return false
+}
+
+// empty tells whether a socket has nothing to receive.
+func empty(fd uintptr) bool {
+	var p [1]byte
+	_, _, err := unix.Recvfrom(int(fd), p[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+	return err == unix.EAGAIN
 }
 
 // receive reads a record, or what p takes of it, without waiting. The caller holds
@@ -226,7 +237,7 @@ func (s *session) TryRead(fd uintptr, p []byte) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	for n < len(p) {
+	for n < len(p) && !empty(fd) {
 		got := s.move(s.g.record_recv, p[n:])
 		if got <= 0 {
 			s.ended, s.end = got != gnutlsAgain, got

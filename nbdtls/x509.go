@@ -240,22 +240,28 @@ func (c *standardConn) Description() string {
 }
 
 func (c *standardConn) TryRead(fd uintptr, p []byte) (n int, err error) {
-	c.link.descriptor, c.link.trying, c.link.drained = int(fd), true, false
+	c.link.descriptor, c.link.trying, c.link.more = int(fd), true, false
 	defer func() { c.link.trying = false }()
 	for n < len(p) {
 		got, err := c.Conn.Read(p[n:])
 		n += got
+		c.link.more = n > 0
 		switch {
 		case err == nil:
 			continue
 		case n > 0:
 			return n, nil // the error comes again
-		case errors.As(err, new(wouldBlock)):
+		case errors.Is(err, wouldBlock{}):
 			return 0, unix.EAGAIN
 		}
 		return 0, err
 	}
 	return n, nil
+}
+
+func (c *standardConn) Move(nc net.Conn) error {
+	c.link.move(nc)
+	return nil
 }
 
 // Write sends all records that p takes with as few calls of the system as the

@@ -96,17 +96,17 @@ func (in *input) more(n int) error {
 		if err := in.makeRoom(); err != nil {
 			return err
 		}
-		got, err := in.c.sock.read(in.buf.B[in.end:])
+		got, err := in.receiveOnce(uintptr(in.c.sock.fd))
 		switch {
 		case err == unix.EINTR:
-		case err == unix.EAGAIN: // nothing came for a while
+		case err == unix.EAGAIN: // nothing came for hotWait
 			if err := in.c.cool(); err != nil {
 				return err
 			}
-		case err != nil:
-			return os.NewSyscallError("read", err)
-		case got == 0:
+		case err == io.EOF || err == nil && got == 0:
 			return io.EOF
+		case err != nil:
+			return os.NewSyscallError("receive", err)
 		default:
 			in.end += got
 			return nil

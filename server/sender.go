@@ -122,12 +122,15 @@ func (s *sender) send(b *batch) {
 	s.mu.Unlock()
 }
 
+// bare tells whether there is a descriptor only, and no net.Conn to write to.
+func (s *sender) bare() bool { return s.c.sock.hot() && s.c.secure == nil }
+
 func (s *sender) write(p []byte) {
 	if status(s.c.status.Load()) == dead {
 		return
 	}
 	var err error
-	if s.c.sock.hot() {
+	if s.bare() {
 		err = s.c.sock.write(p)
 	} else {
 		_, err = s.c.stream().Write(p)
@@ -139,7 +142,7 @@ func (s *sender) write(p []byte) {
 
 func (s *sender) writeAll(queue []batch) {
 	switch {
-	case s.c.sock.hot():
+	case s.bare():
 		for _, b := range queue {
 			s.write(b.buf.B[b.start:b.end])
 		}

@@ -113,10 +113,6 @@ func (s *socket) cool() error {
 	return nil
 }
 
-// read receives from a hot socket; unix.EAGAIN says that nothing came for
-// hotWait.
-func (s *socket) read(p []byte) (int, error) { return unix.Read(s.fd, p) }
-
 // write sends all of p on a hot socket.
 func (s *socket) write(p []byte) error {
 	for len(p) > 0 {
@@ -128,6 +124,50 @@ func (s *socket) write(p []byte) error {
 			return os.NewSyscallError("write", err)
 		}
 		p = p[n:]
+	}
+	return nil
+}
+
+// unblock makes writes fail that would wait.
+func (s *socket) unblock() {
+	if s.hot() {
+		_ = unix.SetNonblock(s.fd, true)
+	}
+}
+
+// A blocking is a hot socket as TLS wants it. What TLS receives is read from the
+// descriptor; the socket is closed by its owner; deadlines are without effect.
+type blocking struct {
+	net.Conn // when it was cold, for the addresses
+	s        *socket
+}
+
+func (b blocking) Write(p []byte) (int, error) {
+	if err := b.s.write(p); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+func (b blocking) Close() error                          { return nil }
+func (b blocking) SyscallConn() (syscall.RawConn, error) { return descriptor(b.s.fd), nil }
+
+// A descriptor is a syscall.RawConn outside of the runtime's poller.
+type descriptor int
+
+func (d descriptor) Control(f func(fd uintptr)) error {
+	f(uintptr(d))
+	return nil
+}
+
+func (d descriptor) Read(f func(fd uintptr) bool) error  { return d.try(f, unix.POLLIN) }
+func (d descriptor) Write(f func(fd uintptr) bool) error { return d.try(f, unix.POLLOUT) }
+
+func (d descriptor) try(f func(fd uintptr) bool, events int16) error {
+	for !f(uintptr(d)) {
+		if _, err := unix.Poll([]unix.PollFd{{Fd: int32(d), Events: events}}, -1); err != nil && err != unix.EINTR {
+			return os.NewSyscallError("poll", err)
+		}
 	}
 	return nil
 }
@@ -210,7 +250,7 @@ func (r *reader) temper() error {
 	now := time.Now()
 	quick := now.Sub(r.tempered) < temperEvery*c.s.opts.hotGap
 	r.tempered = now
-	if !quick || crowded || c.secure != nil || c.slow.Load() || len(c.slots) > 0 {
+	if !quick || crowded || c.slow.Load() || len(c.slots) > 0 {
 		return nil
 	}
 	if c.s.hot.Add(1) > c.s.opts.maxHot || !c.sender.pause(c.heat) || !c.sock.hot() {
@@ -220,11 +260,24 @@ func (r *reader) temper() error {
 }
 
 func (c *conn) heat() {
+	cold := c.sock.nc
 	if err := c.sock.heat(); err != nil {
 		c.call.Debugf("make connection hot: %v", err)
 		return
 	}
+	c.move(blocking{cold, &c.sock})
 	c.peer.Move(c.sock.descriptor())
+}
+
+// move tells TLS what it is on now.
+func (c *conn) move(nc net.Conn) {
+	if c.secure == nil {
+		return
+	}
+	if err := c.secure.Move(nc); err != nil {
+		c.call.Debugf("move TLS: %v", err)
+		c.disconnect(true)
+	}
 }
 
 // cool makes a hot connection cold, unless calls are under way.
@@ -236,6 +289,7 @@ func (c *conn) cool() (err error) {
 		if err = c.sock.cool(); err != nil {
 			return
 		}
+		c.move(c.sock.nc)
 		c.s.hot.Add(-1)
 		if c.s.quitting() {
 			c.sock.wake(lastWords) // in vain for a hot socket when Shutdown came

@@ -21,9 +21,19 @@ func hot(t *testing.T, h *hooked, o Options) (s *Server, nc net.Conn, uri string
 	t.Helper()
 	o.maxHot, o.hotGap = 1, time.Hour
 	s, uri, path := serve(t, h, o)
-	nc = raw(t, path)
+	if o.TLS != nil {
+		nc = rawTLS(t, path)
+	} else {
+		nc = raw(t, path)
+	}
 	becomeHot(t, s, nc)
 	return s, nc, uri
+}
+
+// plainAndTLS runs f without and with TLS.
+func plainAndTLS(t *testing.T, f func(t *testing.T, o Options)) {
+	t.Run("plain", func(t *testing.T) { f(t, Options{}) })
+	t.Run("TLS", func(t *testing.T) { f(t, Options{TLS: sealServer}) })
 }
 
 // becomeHot makes requests until the connection is hot. On a busy machine a call
@@ -70,17 +80,33 @@ func descriptors(t *testing.T) int {
 }
 
 // A connection goes from hot to cold and back without losing anything.
-func TestHotAndCold(t *testing.T) {
+func TestHotAndCold(t *testing.T) { plainAndTLS(t, testHotAndCold) }
+
+func testHotAndCold(t *testing.T, o Options) {
 	var fd atomic.Int64
 	h := newHooked()
 	h.before = func(c *backend.Call, _ backend.Callback, _ uint64) error {
 		fd.Store(int64(c.Conn.FD))
 		return nil
 	}
-	s, nc, _ := hot(t, h, Options{})
+	s, nc, _ := hot(t, h, o)
 	n := descriptors(t)
 	for range 3 {
 		await(t, "the socket cools", func() bool { return s.hot.Load() == 0 })
+		// More than the socket holds.
+		const n, size = 16, 1 << 20
+		var b []byte
+		for i := range n {
+			b = append(b, request(protocol.Request{Type: protocol.CmdRead, Cookie: uint64(i), Length: size})...)
+		}
+		if _, err := nc.Write(b); err != nil {
+			t.Fatal(err)
+		}
+		for range n {
+			if r := readReply(t, nc, size); r.Errno != 0 {
+				t.Fatalf("got %+v", r)
+			}
+		}
 		becomeHot(t, s, nc)
 	}
 	if domain, err := unix.GetsockoptInt(int(fd.Load()), unix.SOL_SOCKET, unix.SO_DOMAIN); err != nil || domain != unix.AF_UNIX {
@@ -109,7 +135,9 @@ func TestHotGivesWay(t *testing.T) {
 }
 
 // What ends a connection ends a hot one.
-func TestHotEnds(t *testing.T) {
+func TestHotEnds(t *testing.T) { plainAndTLS(t, testHotEnds) }
+
+func testHotEnds(t *testing.T, o Options) {
 	for _, tt := range []struct {
 		name string
 		end  func(*Server, net.Conn)
@@ -122,7 +150,7 @@ func TestHotEnds(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			h := newHooked()
-			s, nc, _ := hot(t, h, Options{})
+			s, nc, _ := hot(t, h, o)
 			tt.end(s, nc)
 			await(t, "the connection is closed", func() bool { return h.closes.Load() == 1 })
 			await(t, "it is forgotten", func() bool { return s.hot.Load() == 0 })
@@ -131,7 +159,9 @@ func TestHotEnds(t *testing.T) {
 }
 
 // A call on a hot connection that takes long does not hold up the others.
-func TestHotSlowCall(t *testing.T) {
+func TestHotSlowCall(t *testing.T) { plainAndTLS(t, testHotSlowCall) }
+
+func testHotSlowCall(t *testing.T, o Options) {
 	h := newHooked()
 	const slow = 1 << 20
 	gate := make(chan struct{})
@@ -141,7 +171,7 @@ func TestHotSlowCall(t *testing.T) {
 		}
 		return nil
 	}
-	s, nc, uri := hot(t, h, Options{})
+	s, nc, uri := hot(t, h, o)
 	r := protocol.Request{Type: protocol.CmdRead, Cookie: 99, Offset: slow, Length: 4096}
 	if _, err := nc.Write(request(r)); err != nil {
 		t.Fatal(err)
@@ -166,9 +196,12 @@ func TestHotSlowCall(t *testing.T) {
 }
 
 // A client that does not read holds up neither its reader nor the end.
-func TestHotNeverReads(t *testing.T) {
+func TestHotNeverReads(t *testing.T) { plainAndTLS(t, testHotNeverReads) }
+
+func testHotNeverReads(t *testing.T, o Options) {
 	h := newHooked()
-	s, nc, _ := hot(t, h, Options{DrainTimeout: time.Millisecond})
+	o.DrainTimeout = time.Millisecond
+	s, nc, _ := hot(t, h, o)
 	var b []byte
 	for i := range 512 {
 		b = append(b, request(protocol.Request{Type: protocol.CmdRead, Cookie: uint64(i), Length: 1 << 20})...)

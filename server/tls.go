@@ -18,6 +18,9 @@ type TLSConn interface {
 	// with syscall.EAGAIN where nothing is. It is called within
 	// syscall.RawConn.Read of the connection below, with the descriptor.
 	TryRead(fd uintptr, p []byte) (int, error)
+	// Move makes nc the connection below: the same socket, with another
+	// descriptor. Nobody reads or writes meanwhile.
+	Move(nc net.Conn) error
 	// Peer is the distinguished names (RFC 4514) of the client's certificate
 	// and of its issuer, or empty.
 	Peer() (subject, issuer string)
@@ -36,6 +39,7 @@ func (c *conn) stream() net.Conn {
 // close ends the connection; nothing is read or written any more.
 func (c *conn) close() {
 	if c.secure != nil {
+		c.sock.unblock()     // the end is told where that needs no waiting
 		_ = c.secure.Close() // an error means it is closed already
 	}
 	if c.sock.hot() {

@@ -29,7 +29,7 @@ func sealServer(nc net.Conn) (TLSConn, error) {
 		return nil, errors.Join(errors.New("not TLS"), err)
 	}
 	_, err := io.WriteString(nc, secret)
-	return sealed{nc}, err
+	return &sealed{nc}, err
 }
 
 func sealClient(_ context.Context, nc net.Conn, _ *protocol.URI) (net.Conn, error) {
@@ -37,7 +37,7 @@ func sealClient(_ context.Context, nc net.Conn, _ *protocol.URI) (net.Conn, erro
 		return nil, err
 	}
 	_, err := io.ReadFull(nc, make([]byte, len(secret)))
-	return sealed{nc}, err
+	return &sealed{nc}, err
 }
 
 func invert(p []byte) []byte {
@@ -48,13 +48,13 @@ func invert(p []byte) []byte {
 	return q
 }
 
-func (s sealed) Read(p []byte) (int, error) {
+func (s *sealed) Read(p []byte) (int, error) {
 	n, err := s.Conn.Read(p)
 	copy(p, invert(p[:n]))
 	return n, err
 }
 
-func (s sealed) TryRead(fd uintptr, p []byte) (int, error) {
+func (s *sealed) TryRead(fd uintptr, p []byte) (int, error) {
 	p = p[:min(len(p), 1000)] // a short record
 	n, err := unix.Read(int(fd), p)
 	if err != nil {
@@ -67,9 +67,14 @@ func (s sealed) TryRead(fd uintptr, p []byte) (int, error) {
 	return n, nil
 }
 
-func (s sealed) Write(p []byte) (int, error)    { return s.Conn.Write(invert(p)) }
-func (s sealed) Peer() (subject, issuer string) { return "CN=me", "CN=ca" }
-func (s sealed) Description() string            { return "inverted" }
+func (s *sealed) Move(nc net.Conn) error {
+	s.Conn = nc
+	return nil
+}
+
+func (s *sealed) Write(p []byte) (int, error)    { return s.Conn.Write(invert(p)) }
+func (s *sealed) Peer() (subject, issuer string) { return "CN=me", "CN=ca" }
+func (s *sealed) Description() string            { return "inverted" }
 
 // The engine works under TLS as without, and modules know who is there.
 func TestTLS(t *testing.T) {
@@ -167,6 +172,18 @@ func (s *stream) startTLS() {
 		s.t.Fatal(err)
 	}
 	s.Conn = under
+}
+
+// rawTLS is raw under TLS.
+func rawTLS(t *testing.T, path string) net.Conn {
+	t.Helper()
+	s := greet(t, path)
+	s.startTLS()
+	s.send(option(protocol.OptExportName, nil))
+	if _, err := io.ReadFull(s, make([]byte, 10)); err != nil {
+		t.Fatal(err)
+	}
+	return s
 }
 
 // ended wants the server to close the connection without a word.

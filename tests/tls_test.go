@@ -117,6 +117,18 @@ h.shutdown()
 		if err := c.Pread(data, 0); err != nil {
 			t.Fatal(err)
 		}
+		// Requests that follow each other at once take the connection out of the
+		// server's poller.
+		again := make([]byte, 4096)
+		for i := range 256 {
+			off := i * len(again)
+			if err := c.Pread(again, uint64(off)); err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(again, data[off:off+len(again)]) {
+				t.Fatalf("data at %d differs", off)
+			}
+		}
 		if err := c.Disconnect(); err != nil {
 			t.Error(err)
 		}
