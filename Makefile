@@ -84,7 +84,7 @@ test:
 	@echo "nbdkit of other releases:" $$(tests/trees.sh trixie sid)
 	$(MAKE) --no-print-directory build
 	$(GO) tool gotestsum --format pkgname --rerun-fails=1 --rerun-fails-run-root-test \
-	    --rerun-fails-max-failures=6 --packages=./... -- -race -shuffle=on -timeout 20m
+	    --rerun-fails-max-failures=6 --packages=./... -- -race -shuffle=on -timeout 40m
 	CGO_ENABLED=0 $(GO) test -shuffle=on ./protocol ./backend ./server ./client
 	GOMAXPROCS=1 $(GO) test -shuffle=on ./backend ./server
 	ASAN_OPTIONS=detect_leaks=0 $(GO) test -asan -shuffle=on ./abi ./cshim ./loader

@@ -25,8 +25,9 @@
 // A completion that blocks holds up the connection, and one that waits for another
 // command never returns; issuing commands from a completion is fine. Completions run
 // on the receiving goroutine, one after the other, but for two kinds: that of a
-// command that AioCancel cancels, which runs there, and that of a write that the
-// server refused before all of it was sent.
+// command that AioCancel cancels, which runs there, and that of a large write that the
+// server answers before its sender has noted that all of it is sent, which may run
+// beside others.
 //
 // A buffer that was handed to a command belongs to the Conn until the completion is
 // called. The data of large reads and writes goes between it and the kernel without

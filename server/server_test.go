@@ -701,7 +701,7 @@ func TestNoAllocation(t *testing.T) {
 			out = append(out, request(protocol.Request{Type: protocol.CmdRead, Cookie: i, Length: uint64(n)})...)
 		}
 		in := make([]byte, depth*(protocol.SimpleReplySize+n))
-		got := testing.AllocsPerRun(20, func() {
+		got := testing.AllocsPerRun(100, func() {
 			nc.Write(out)
 			if _, err := io.ReadFull(nc, in); err != nil {
 				t.Fatal(err)

@@ -165,7 +165,7 @@ mount --rbind $d/dev /dev; exec "$@"`
 		return strings.TrimRight(regexp.MustCompile(`/tmp/\w+/`).ReplaceAllString(text, "TMP/"), "\n")
 	}
 	read := []string{"eval", "get_size=echo 512", "pread=echo EIO it broke >&2; exit 1",
-		"--run", `nbdsh -u "$uri" -c 'h.pread(1, 0)' 2>/dev/null; true`}
+		"--run", `PATH=/usr/bin:/bin nbdsh -u "$uri" -c 'h.pread(1, 0)' 2>/dev/null; true`}
 	for _, args := range [][]string{
 		{"--log=syslog", "-f", "example3", "bogus=1"},
 		append([]string{"--log=syslog", "-U", "-"}, read...),

@@ -279,7 +279,7 @@ func TestSuperviseWith(t *testing.T) {
 	t.Run("--run", func(t *testing.T) {
 		t.Parallel()
 		got := runCLI(t, tempDir(t), "", nbdhost, "--supervise", crash(t), "do=_exit", "--run",
-			`nbdsh -u "$uri" -c 'h.pread(512, 65536)' 2>/dev/null; nbdinfo --size "$uri" && exit 9`)
+			`PATH=/usr/bin:/bin nbdsh -u "$uri" -c 'h.pread(512, 65536)' 2>/dev/null; nbdinfo --size "$uri" && exit 9`)
 		if got.status != 9 || got.stdout != "1048576\n" || !strings.Contains(got.stderr, "starting it again") {
 			t.Errorf("got %+v, want status 9, the size, and a server that was started again", got)
 		}

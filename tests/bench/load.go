@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -112,8 +113,9 @@ func (l *load) dial(ctx context.Context) (*client.Conn, error) {
 type stream struct {
 	*load
 	c        *client.Conn
-	histo    histogram
 	answered atomic.Uint64
+	mu       sync.Mutex // held by a completion; one of a large write may be beside another
+	histo    histogram
 	random   uint64
 	next     int    // with sequential the next block, else unused
 	data     []byte // of all requests: nobody looks at it
@@ -139,12 +141,14 @@ func (l *load) stream(i int) (*stream, error) {
 	return &stream{load: l, c: c, random: 0x9e3779b97f4a7c15 * uint64(i+1), data: slices.Repeat([]byte{'x'}, l.size), ended: make(chan error, 1)}, nil
 }
 
-// begin has the requests made. All runs on the receiving goroutine: the completion
+// begin has the requests made, nearly all on the receiving goroutine: the completion
 // of a first read issues so many as are to be in flight, and the completion of each
 // the next.
 func (s *stream) begin() error {
 	s.inFlight = s.depth
 	_, err := s.c.AioPread(s.data, 0, 0, func(err error) int {
+		s.mu.Lock()
+		defer s.mu.Unlock()
 		for range s.depth {
 			r := &request{stream: s}
 			r.done = r.completed
@@ -211,6 +215,8 @@ func (r *request) issue() (err error) {
 func (r *request) completed(err error) int {
 	s := r.stream
 	now := clock()
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	if err == nil {
 		if r.started != 0 && s.measuring.Load() {
 			s.histo.record(uint64(now - r.started))
