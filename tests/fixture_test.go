@@ -89,6 +89,17 @@ func (j *journal) read() {
 // wait returns when the line has been written n times.
 func (j *journal) wait(line string, n int) {
 	j.t.Helper()
+	j.await(fmt.Sprintf("%q %d times", line, n), func() bool { return count(j.lines, line) >= n })
+}
+
+// waitLines returns when n lines have been written.
+func (j *journal) waitLines(n int) {
+	j.t.Helper()
+	j.await(fmt.Sprintf("%d lines", n), func() bool { return len(j.lines) >= n })
+}
+
+func (j *journal) await(what string, come func() bool) {
+	j.t.Helper()
 	hangs := time.AfterFunc(patience, func() {
 		j.mu.Lock()
 		j.ended = true
@@ -98,11 +109,11 @@ func (j *journal) wait(line string, n int) {
 	defer hangs.Stop()
 	j.mu.Lock()
 	defer j.mu.Unlock()
-	for count(j.lines, line) < n && !j.ended {
+	for !come() && !j.ended {
 		j.more.Wait()
 	}
-	if count(j.lines, line) < n {
-		j.t.Fatalf("wait for %q %d times: got only\n%s", line, n, strings.Join(j.lines, "\n"))
+	if !come() {
+		j.t.Fatalf("wait for %s: got only\n%s", what, strings.Join(j.lines, "\n"))
 	}
 }
 

@@ -45,6 +45,7 @@ type orders struct {
 type superior struct {
 	orders
 	notifier
+	control *os.File // closes Control, which crash reports need, when nobody refers to it any more
 }
 
 // findSupervisor returns the supervisor of this process, nil if it has none. It hides
@@ -65,11 +66,11 @@ func findSupervisor() (*superior, error) {
 		}
 	}
 	f := os.NewFile(uintptr(s.Control), "supervisor")
-	conn, err := net.FileConn(f) // a copy: f stays open for crash reports
+	conn, err := net.FileConn(f) // a copy
 	if err != nil {
 		return nil, fmt.Errorf("read %s: descriptor %d: %w; unset the variable", superviseVariable, s.Control, err)
 	}
-	s.conn, s.notifier.watchdog = conn, s.orders.Watchdog
+	s.conn, s.control, s.notifier.watchdog = conn, f, s.orders.Watchdog
 	return s, nil
 }
 
