@@ -12,6 +12,10 @@ import (
 // maxRecord is how many bytes of data a TLS record holds (RFC 8446, 5.1).
 const maxRecord = 16 << 10
 
+// longestRecord is what such a record takes on the wire, header and padding included
+// (RFC 5246, 6.2.3).
+const longestRecord = 5 + maxRecord + 2048
+
 // corkSize is how much encrypted data leaves with one write.
 const corkSize = 64 << 10
 

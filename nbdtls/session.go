@@ -192,16 +192,10 @@ func again(code int32, fd uintptr) bool {
 	case gnutlsInterrupted, gnutlsWarningAlert:
 		return true
 	case gnutlsAgain:
-		return !empty(fd)
+		_, _, err := unix.Recvfrom(int(fd), make([]byte, 1), unix.MSG_PEEK|unix.MSG_DONTWAIT)
+		return err != unix.EAGAIN
 	}
 	return false
-}
-
-// empty tells whether a socket has nothing to receive.
-func empty(fd uintptr) bool {
-	var p [1]byte
-	_, _, err := unix.Recvfrom(int(fd), p[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
-	return err == unix.EAGAIN
 }
 
 // receive reads a record, or what p takes of it, without waiting. The caller holds
@@ -237,13 +231,21 @@ func (s *session) TryRead(fd uintptr, p []byte) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	for n < len(p) && !empty(fd) {
+	there := 0 // bytes that the socket holds, at least
+	for n < len(p) {
+		if there < longestRecord {
+			// A socket that blocks is not to be asked for more than it has.
+			if there, err = unix.IoctlGetInt(int(fd), unix.SIOCINQ); there <= 0 || err != nil {
+				break
+			}
+		}
 		got := s.move(s.g.record_recv, p[n:])
 		if got <= 0 {
 			s.ended, s.end = got != gnutlsAgain, got
 			break
 		}
 		n += int(got)
+		there -= longestRecord - maxRecord + int(got)
 	}
 	return n, nil
 }
