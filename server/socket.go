@@ -222,6 +222,9 @@ const (
 	// temperEvery receives that took less than quickGap each make a socket hot.
 	temperEvery = 32
 	quickGap    = 200 * time.Microsecond
+	// secureGaps is how many times longer it may take under TLS: large writes are
+	// received in many pieces, each of which takes long to decrypt.
+	secureGaps = 10
 )
 
 // maxHot is how many sockets may be hot at a time: the reader of each keeps a
@@ -248,7 +251,11 @@ func (r *reader) temper() error {
 		return nil
 	}
 	now := time.Now()
-	quick := now.Sub(r.tempered) < temperEvery*c.s.opts.hotGap
+	gap := c.s.opts.hotGap
+	if c.secure != nil {
+		gap *= secureGaps
+	}
+	quick := now.Sub(r.tempered) < temperEvery*gap
 	r.tempered = now
 	if !quick || crowded || c.slow.Load() || len(c.slots) > 0 {
 		return nil
