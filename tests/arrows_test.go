@@ -27,7 +27,7 @@ var arrows = map[string][]string{
 	"nbdhost/tests":       nil,
 	"nbdhost/client/nbds": {"nbdhost/client", "nbdhost/nbdtls"},
 	"nbdhost/tests/bench": {"nbdhost/client", "nbdhost/client/nbds", "nbdhost/nbdtls", "nbdhost/protocol"},
-	"nbdhost/tests/vsock": {"nbdhost/client"},
+	"nbdhost/tests/vsock": {"nbdhost/client", "nbdhost/client/nbds"},
 	"nbdhost/tests/pki":   nil,
 }
 

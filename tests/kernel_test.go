@@ -13,6 +13,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"nbdhost/tests/pki"
 )
 
 // kernelScript runs as the first process of a virtual machine whose kernel is
@@ -99,6 +101,12 @@ if nbdhost -f -P /tmp/pid4 --vsock --port 10810 memory 1M & server=$!; then
   kill -0 $server && vsock-client nbd+vsock://1:10810 && echo "ok vsock"
   kill $server; wait $server
 fi
+
+# TLS over vsock.
+nbdhost -f -P /tmp/pid6 --vsock --port 10811 --tls=require --tls-certificates=/tls memory 1M & server=$!
+while [ ! -s /tmp/pid6 ] && kill -0 $server 2>/dev/null; do usleep 10000; done
+check vsock-client 'nbds+vsock://1:10811/?tls-certificates=/tls'
+kill $server; wait $server
 echo "the end"
 poweroff -f
 `
@@ -111,7 +119,8 @@ var kernelModules = []string{
 
 // TestKernel lets the client of the Linux kernel use a server, in a virtual machine
 // without acceleration: over a Unix socket with a file system on it, over TCP with
-// two connections and a disconnect in the middle, and over vsock.
+// two connections and a disconnect in the middle. Over vsock the client is package client,
+// without and with TLS.
 func TestKernel(t *testing.T) {
 	if testing.Short() {
 		t.Skip("short: no virtual machine")
@@ -141,7 +150,7 @@ func TestKernel(t *testing.T) {
 	}
 	for _, want := range []string{
 		"ok size", "ok mkfs.ext4", "ok mount", "ok sync", "ok fstrim", "ok umount", "ok fsck.ext4", "ok same data", "ok server ended\n",
-		"ok same image", "ok again", "ok server ended too", "ok read-only", "ok label kernel", "ok vsock",
+		"ok same image", "ok again", "ok server ended too", "ok read-only", "ok label kernel", "ok vsock\n", "ok vsock-client nbds+vsock",
 	} {
 		if !strings.Contains(text, "\n"+want) {
 			t.Errorf("the kernel's client: got no %q", want)
@@ -205,7 +214,6 @@ func makeRoot(t *testing.T, packages, program, root string) (vmlinuz string) {
 		t.Fatal(err)
 	}
 	build := exec.Command("go", "build", "-o", client, "nbdhost/tests/vsock")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0") // the machine has no libraries
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %v\n%s", build, err, out)
 	}
@@ -249,6 +257,8 @@ func makeRoot(t *testing.T, packages, program, root string) (vmlinuz string) {
 			list = append(list, "/lib/modules/"+filepath.Base(found))
 		}
 	}
+	ca := pki.NewAuthority(t, "Authority")
+	ca.WriteServer(filepath.Join(root, "tls"), ca.Server())
 	for name, text := range map[string]string{"init": kernelScript, "modules": strings.Join(list, "\n")} {
 		if err := os.WriteFile(filepath.Join(root, name), []byte(text), 0o755); err != nil {
 			t.Fatal(err)

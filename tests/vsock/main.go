@@ -1,5 +1,5 @@
 // Command vsock is a client for a virtual machine that has nothing else: it connects
-// to the NBD URI given, writes a sector, and reads it back.
+// to the NBD URI given, writes some data, and reads it back.
 package main
 
 import (
@@ -9,6 +9,7 @@ import (
 	"os"
 
 	"nbdhost/client"
+	_ "nbdhost/client/nbds"
 )
 
 func main() {
@@ -24,7 +25,7 @@ func run(uri string) error {
 		return err
 	}
 	defer c.Close()
-	want, got := bytes.Repeat([]byte("v"), 512), make([]byte, 512)
+	want, got := bytes.Repeat([]byte("v"), 300_000), make([]byte, 300_000)
 	if err := c.Pwrite(want, 512, 0); err != nil {
 		return err
 	}
