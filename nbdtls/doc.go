@@ -19,8 +19,9 @@
 // # Goroutines
 //
 // A Server is for any number of goroutines at a time, a Conn for one that reads and
-// one that writes. GnuTLS works on the connection's own descriptor, which does not
-// block: a goroutine that has to wait is parked by Go's poller and holds no thread.
+// one that writes. GnuTLS works on the connection's own descriptor. As long as that does
+// not block a goroutine that has to wait is parked by Go's poller and holds no thread;
+// Conn.Move may give it one that blocks.
 // GnuTLS calls back into Go once in a handshake, for a user's key.
 //
 // # Memory
