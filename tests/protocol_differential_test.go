@@ -168,7 +168,11 @@ func (r *speaker) conversation() said {
 	case n == 0 && fixed:
 		messages = append(messages, option(protocol.OptAbort, nil))
 	case n == 1 || !fixed:
-		messages = append(messages, option(protocol.OptExportName, []byte(r.name())))
+		name := r.name()
+		if name == "a" { // which contexts are selected for, perhaps before NBD_OPT_INFO for another
+			name = "b"
+		}
+		messages = append(messages, option(protocol.OptExportName, []byte(name)))
 	case n == 2: // nothing
 	default:
 		messages = append(messages, option(protocol.OptGo, infoRequest("", r.infos()...)))
