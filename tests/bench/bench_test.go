@@ -7,7 +7,9 @@ import (
 	"io"
 	"math"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -166,5 +168,20 @@ func TestScale(t *testing.T) {
 	}
 	if math.IsNaN(median(nil)) {
 		t.Error("median of nothing is not a number")
+	}
+}
+
+// What fills an export is no zeroes, which some clients do not copy.
+func TestFill(t *testing.T) {
+	uri := filepath.Join(t.TempDir(), "socket")
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const mapped = `"$0" load uri="$uri" mode=fill size=65536 span=1048576 && nbdinfo --map "$uri"`
+	cmd := exec.Command("/usr/bin/nbdkit", "-U", uri, "memory", "1M", "--run", strings.ReplaceAll(mapped, "$0", self))
+	out, err := cmd.CombinedOutput()
+	if got := strings.Fields(string(out)); err != nil || !slices.Equal(got, []string{"0", "1048576", "0", "data"}) {
+		t.Errorf("got %v and a map of %q, want 1 MiB of data", err, out)
 	}
 }

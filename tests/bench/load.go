@@ -146,7 +146,8 @@ func (l *load) stream(i int) (*stream, error) {
 // the next.
 func (s *stream) begin() error {
 	s.inFlight = s.depth
-	_, err := s.c.AioPread(s.data, 0, 0, func(err error) int {
+	first := make([]byte, s.size) // not data: zeroes that are written are holes to nbdcopy
+	_, err := s.c.AioPread(first, 0, 0, func(err error) int {
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		for range s.depth {
