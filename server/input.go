@@ -100,9 +100,7 @@ func (in *input) more(n int) error {
 		switch {
 		case err == unix.EINTR:
 		case err == unix.EAGAIN: // nothing came for hotWait
-			if err := in.c.cool(); err != nil {
-				return err
-			}
+			in.c.cool()
 		case err == io.EOF || err == nil && got == 0:
 			return io.EOF
 		case err != nil:

@@ -123,9 +123,7 @@ func (r *reader) wait(n int) error {
 	r.sample()
 	r.send()
 	r.in.shrink()
-	if err := r.temper(); err != nil {
-		return err
-	}
+	r.temper()
 	for {
 		_, err := r.in.need(n)
 		r.arrived = time.Now()

@@ -84,14 +84,21 @@ func (s *socket) heat() error {
 	nc := s.nc
 	s.nc, s.raw = nil, nil
 	s.mu.Unlock()
-	return nc.Close() // of this descriptor; the socket lives on in fd
+	_ = nc.Close() // this descriptor is gone either way; the socket lives on in fd
+	return nil
 }
 
-// cool makes a hot socket cold.
-func (s *socket) cool() error {
+// cool makes a hot socket cold. Where that fails, as where no descriptor is free, it
+// stays as it is.
+func (s *socket) cool() (err error) {
 	if err := unix.SetNonblock(s.fd, true); err != nil {
 		return os.NewSyscallError("fcntl", err)
 	}
+	defer func() {
+		if err != nil {
+			_ = unix.SetNonblock(s.fd, false) // which it was before
+		}
+	}()
 	fd, err := unix.FcntlInt(uintptr(s.fd), unix.F_DUPFD_CLOEXEC, 0)
 	if err != nil {
 		return os.NewSyscallError("dup", err)
@@ -238,17 +245,17 @@ func maxHot() int32 {
 
 // temper makes the connection hot where requests follow each other at once, and
 // cold where other connections are active. It is called before a receive.
-func (r *reader) temper() error {
+func (r *reader) temper() {
 	c := r.c
 	if r.receives++; r.receives%temperEvery != 0 {
-		return nil
+		return
 	}
 	crowded := c.s.watcher.active.Load() > c.s.opts.maxHot
 	if c.sock.hot() {
 		if crowded {
-			return c.cool()
+			c.cool()
 		}
-		return nil
+		return
 	}
 	now := time.Now()
 	gap := c.s.opts.hotGap
@@ -258,12 +265,11 @@ func (r *reader) temper() error {
 	quick := now.Sub(r.tempered) < temperEvery*gap
 	r.tempered = now
 	if !quick || crowded || c.slow.Load() || len(c.slots) > 0 {
-		return nil
+		return
 	}
 	if c.s.hot.Add(1) > c.s.opts.maxHot || !c.sender.pause(c.heat) || !c.sock.hot() {
 		c.s.hot.Add(-1)
 	}
-	return nil
 }
 
 func (c *conn) heat() {
@@ -287,13 +293,15 @@ func (c *conn) move(nc net.Conn) {
 	}
 }
 
-// cool makes a hot connection cold, unless calls are under way.
-func (c *conn) cool() (err error) {
+// cool makes a hot connection cold, unless calls are under way. It is tried again
+// later where it fails.
+func (c *conn) cool() {
 	if len(c.slots) > 0 {
-		return nil
+		return
 	}
 	c.sender.pause(func() {
-		if err = c.sock.cool(); err != nil {
+		if err := c.sock.cool(); err != nil {
+			c.call.Debugf("make connection cold: %v", err)
 			return
 		}
 		c.move(c.sock.nc)
@@ -302,5 +310,4 @@ func (c *conn) cool() (err error) {
 			c.sock.wake(lastWords) // in vain for a hot socket when Shutdown came
 		}
 	})
-	return err
 }

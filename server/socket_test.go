@@ -2,6 +2,7 @@ package server
 
 import (
 	"bytes"
+	"log/slog"
 	"net"
 	"os"
 	"runtime"
@@ -214,4 +215,45 @@ func testHotNeverReads(t *testing.T, o Options) {
 	if !s.Wait() {
 		t.Error("the server did not end")
 	}
+}
+
+// A connection that cannot become cold, since no descriptor is free, stays hot and
+// goes on being served.
+func TestHotWithoutDescriptors(t *testing.T) {
+	failed := make(chan struct{}, 100)
+	log := slog.New(slog.NewTextHandler(writer(func(line string) {
+		if strings.Contains(line, "make connection cold") {
+			select {
+			case failed <- struct{}{}:
+			default:
+			}
+		}
+	}), &slog.HandlerOptions{Level: slog.LevelDebug}))
+	s, nc, _ := hot(t, newHooked(), Options{Log: log})
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	none := unix.Rlimit{Cur: 0, Max: limit.Max}
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &none); err != nil {
+		t.Fatal(err)
+	}
+	<-failed
+	ask(t, nc, 1)
+	still := s.hot.Load()
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	if still != 1 {
+		t.Error("the connection became cold without a descriptor")
+	}
+	await(t, "the socket cools", func() bool { return s.hot.Load() == 0 })
+	ask(t, nc, 1)
+}
+
+type writer func(line string)
+
+func (w writer) Write(p []byte) (int, error) {
+	w(string(p))
+	return len(p), nil
 }
