@@ -232,7 +232,7 @@ func TestDisconnectEnds(t *testing.T) {
 		t.Run(fmt.Sprintf("busy %v", busy), func(t *testing.T) {
 			withEach(t, func(t *testing.T, way func(net.Conn, Options) (*Conn, error)) {
 				ctx, cancel := context.WithCancelCause(context.Background())
-				ended := make(chan struct{})
+				ended, conn := make(chan struct{}), make(chan *Conn, 1)
 				nc := script(t, func(nc net.Conn) {
 					r := welcome(t, nc)
 					if busy {
@@ -241,6 +241,9 @@ func TestDisconnectEnds(t *testing.T) {
 					if r.Type != protocol.CmdDisc {
 						t.Errorf("got %v", r.Type)
 					}
+					if !busy {
+						<-(<-conn).drained // the server may have read it before the client knows that it is sent
+					}
 					cancel(errEnough)
 					<-ended
 				})
@@ -248,6 +251,7 @@ func TestDisconnectEnds(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
+				conn <- c
 				told := make(chan error, 1)
 				if busy {
 					if _, err := c.AioFlush(0, func(err error) int { told <- err; return 1 }); err != nil {

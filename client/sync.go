@@ -77,9 +77,11 @@ func (s Calls) Disconnect() error {
 	}
 	select {
 	case <-c.ended:
-	case <-s.ctx.Done():
-		c.fail(fmt.Errorf("%w: disconnect: %w", ErrDisconnected, context.Cause(s.ctx)))
 	case <-c.drained:
+	case <-s.ctx.Done():
+	}
+	select {
+	case <-c.drained: // the context's end loses nothing any more, were it first or not
 		timer := time.NewTimer(patience)
 		defer timer.Stop()
 		select {
@@ -88,6 +90,9 @@ func (s Calls) Disconnect() error {
 		case <-timer.C:
 		}
 		c.fail(errGone)
+	case <-c.ended:
+	default:
+		c.fail(fmt.Errorf("%w: disconnect: %w", ErrDisconnected, context.Cause(s.ctx)))
 	}
 	<-c.ended
 	c.mu.Lock()

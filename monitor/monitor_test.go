@@ -199,6 +199,9 @@ func TestMetrics(t *testing.T) {
 	}
 
 	got := b.scrape(t)
+	for value(t, got, "nbdhost_worker_threads") != 0 { // a probe's worker outlives its result a little
+		got = b.scrape(t)
+	}
 	const export = "a\"b\nc"
 	for _, want := range []struct {
 		v      float64

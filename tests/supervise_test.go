@@ -95,6 +95,7 @@ func TestCrashInFilter(t *testing.T) {
 		c.want(77, 0) // no request begins at the offset
 		s.crash()
 		s.crash()
+		s.hello(false).disc() // only a server that runs ends in order
 		s.stop()
 		wantLog(t, s, `nbdkit: error: plugin crash crashed with SIGSEGV in \.pread \(connection 2, cookie 77, offset 65536, length 512\) at .*`)
 	}
