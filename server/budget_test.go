@@ -145,13 +145,13 @@ func TestBytesPerConnection(t *testing.T) {
 	h := newHooked()
 	var hold atomic.Int64
 	h.before = func(call *backend.Call, cb backend.Callback, off uint64) error {
-		if cb == backend.Pread {
+		if cb == backend.Pread && off == 0 {
 			// Until calls go to workers: who makes this one must not be who
 			// writes its reply, which nobody reads.
 			h.server.mu.Lock()
 			c := h.server.conns[call.Conn.ID]
 			h.server.mu.Unlock()
-			for !c.slow.Load() {
+			for !c.pace.slow.Load() {
 				time.Sleep(time.Millisecond)
 			}
 			n := backend.Buffers().InUseBytes
@@ -171,7 +171,7 @@ func TestBytesPerConnection(t *testing.T) {
 	eventually(t, s, func(st Stats) bool { return st.Delays[LimitBytesPerConnection].Requests > 0 })
 	other := dial(t, uri, nil)
 	for range 20 {
-		if err := other.Pread(make([]byte, 512), 0); err != nil {
+		if err := other.Pread(make([]byte, 512), 512); err != nil {
 			t.Fatal(err)
 		}
 	}

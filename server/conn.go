@@ -50,8 +50,7 @@ type conn struct {
 	workers int           // started so far; the reader's
 	numbers atomic.Int32  // of tasks so far
 	jobs    chan job
-	cost    atomic.Int64 // ns that a call takes beyond what its size explains
-	slow    atomic.Bool  // calls go to workers
+	pace    pace
 	calling sync.WaitGroup
 
 	// Of the limits.

@@ -336,6 +336,6 @@ func (r *reader) sample() {
 	if r.calls == 0 {
 		return
 	}
-	r.c.learn(time.Since(r.began), r.calls, r.bytes)
+	r.c.pace.read(time.Since(r.began), r.calls, r.bytes)
 	r.calls, r.bytes = 0, 0
 }

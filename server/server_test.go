@@ -392,7 +392,7 @@ func TestSlowCallBesideIdleWorkers(t *testing.T) {
 		}
 	}
 	s.mu.Lock()
-	slow := &s.conns[1].slow
+	slow := &s.conns[1].pace.slow
 	s.mu.Unlock()
 	p := make([]byte, 512)
 	for slow.Load() { // until calls are made on the reader again

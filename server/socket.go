@@ -264,7 +264,7 @@ func (r *reader) temper() {
 	}
 	quick := now.Sub(r.tempered) < temperEvery*gap
 	r.tempered = now
-	if !quick || crowded || c.slow.Load() || len(c.slots) > 0 {
+	if !quick || crowded || c.pace.slow.Load() || len(c.slots) > 0 {
 		return
 	}
 	if c.s.hot.Add(1) > c.s.opts.maxHot || !c.sender.pause(c.heat) || !c.sock.hot() {

@@ -138,8 +138,7 @@ func (c *conn) takeAway(r *reader, state uint64) {
 	// From here on the buffers of r belong to the call; what it does not need
 	// moves to the new reader.
 	c.calling.Add(1)
-	c.slow.Store(true)
-	c.cost.Store(int64(minTick))
+	c.pace.lost(time.Now())
 	n := newReader(c)
 	r.account() // what waits to be sent need not wait for the call
 	n.arrived = r.arrived

@@ -17,37 +17,11 @@ type job struct {
 	payload *backend.Buffer // of a write; the worker's
 }
 
-const (
-	// A call that takes longer than slowCall runs on a worker: handing it over
-	// costs less than a microsecond, and another core or the device behind the
-	// plugin can work on the next one meanwhile. Back below fastCall it runs
-	// on the reader again.
-	slowCall = 40 * time.Microsecond
-	fastCall = 20 * time.Microsecond
-	// Moving data takes time in proportion to its size, on any goroutine:
-	// about a third of a nanosecond a byte.
-	bytesPerNanosecond = 3
-)
-
 // delegates tells whether the next call goes to a worker: where calls take long,
 // and where as many are under way as there may be, so that the reader must wait
 // for one of them.
 func (c *conn) delegates() bool {
-	return c.slow.Load() && c.s.opts.Threads > 1 && c.lane.Parallel() || len(c.slots) == cap(c.slots)
-}
-
-// learn takes in what n calls that moved so many bytes took together.
-func (c *conn) learn(d time.Duration, n int, bytes uint64) {
-	each := max(0, (int64(d)-int64(bytes/bytesPerNanosecond))/int64(n))
-	cost := c.cost.Load()
-	cost += (each - cost) / 4
-	c.cost.Store(cost) // a lost update does no harm
-	switch slow := c.slow.Load(); {
-	case !slow && cost > int64(slowCall):
-		c.slow.Store(true)
-	case slow && cost < int64(fastCall):
-		c.slow.Store(false)
-	}
+	return c.pace.slow.Load() && c.s.opts.Threads > 1 && c.lane.Parallel() || len(c.slots) == cap(c.slots)
 }
 
 // delegate hands r.req to a worker, when there is one free.
@@ -133,7 +107,7 @@ func (t *task) do(j job) {
 			t.run(nil)
 		}
 		c.lane.Unlock()
-		c.learn(time.Since(began), 1, j.req.Length)
+		c.pace.worked(time.Since(began), j.req.Length)
 	}
 	t.worked()
 	j.payload.Release()

@@ -1,0 +1,87 @@
+package server
+
+import (
+	"sync/atomic"
+	"time"
+)
+
+const (
+	// A call that takes longer than slowCall runs on a worker: handing it over
+	// costs less than a microsecond, and another core or the device behind the
+	// plugin can work on the next one meanwhile. Back below fastCall it runs
+	// on the reader again.
+	slowCall = 40 * time.Microsecond
+	fastCall = 20 * time.Microsecond
+	// longCall is what counts of a call on a worker that took longer, so that a
+	// few of them do not keep all the others there.
+	longCall = 100 * time.Microsecond
+	// Moving data takes time in proportion to its size, on any goroutine:
+	// about a third of a nanosecond a byte.
+	bytesPerNanosecond = 3
+	// Where strainMost calls lost the connection, and no strainTime of calm lay
+	// between one and the next, calls go to workers, however fast most are.
+	strainMost = 3
+	strainTime = 8 * time.Millisecond
+)
+
+// A pace is how long the calls of a connection take beyond what their size explains,
+// and so who makes them: the reader, or workers where slow is set. Updates that are
+// lost since two come at the same time do no harm.
+type pace struct {
+	slow atomic.Bool
+	cost atomic.Int64 // ns
+
+	// The watcher's.
+	strain int       // calls that lost the connection
+	last   time.Time // when one did
+}
+
+// read takes in what n calls on the reader that moved so many bytes took together.
+// cost follows the median: that a thread was not given a processor for a while, or
+// waited for one that held a plugin's lock meanwhile, makes a few calls very long,
+// and the mean with them, and workers would make it worse.
+func (p *pace) read(d time.Duration, n int, bytes uint64) {
+	cost := p.cost.Load()
+	if own(d, bytes)/int64(n) > cost {
+		cost += max(cost/2, 100)
+	} else {
+		cost -= cost / 3
+	}
+	p.cost.Store(cost)
+	if cost > int64(slowCall) {
+		p.slacken()
+	}
+}
+
+// worked takes in what a call on a worker took. cost follows the mean: also where
+// only some of the calls wait for a device the others need not wait for them.
+func (p *pace) worked(d time.Duration, bytes uint64) {
+	cost := p.cost.Load()
+	cost += (min(own(d, bytes), int64(longCall)) - cost) / 8
+	p.cost.Store(cost)
+	if cost < int64(fastCall) {
+		p.slow.Store(false)
+	}
+}
+
+// lost takes in that a call lost the connection.
+func (p *pace) lost(now time.Time) {
+	if now.Sub(p.last) > strainTime {
+		p.strain = 0
+	}
+	p.last = now
+	if p.strain++; p.strain >= strainMost {
+		p.slacken()
+	}
+}
+
+func (p *pace) slacken() {
+	if p.slow.CompareAndSwap(false, true) {
+		p.cost.Store(int64(longCall))
+	}
+}
+
+// own is what a call that moved so many bytes took beyond moving them, in ns.
+func own(d time.Duration, bytes uint64) int64 {
+	return max(0, int64(d)-int64(bytes/bytesPerNanosecond))
+}
