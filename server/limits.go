@@ -153,6 +153,9 @@ func size(req *protocol.Request) int64 {
 
 var errGone = errors.New("the client went away while its request waited for a limit")
 
+// shortRequest is up to which size in bytes a request is small for limit.
+const shortRequest = 64 << 10
+
 // limit waits until the limits let r.req pass, which other goroutines will carry out
 // with delegated. What is taken is in r.held and r.working. Small requests that the
 // reader carries out itself, one after the other, do not count as the connection's own
@@ -162,7 +165,7 @@ func (r *reader) limit(delegated bool) error {
 	c, s := r.c, r.c.s
 	n := size(&r.req)
 	own := int64(0)
-	if delegated || n > batchSize {
+	if delegated || n > shortRequest {
 		own = c.bytes.cost(n)
 	}
 	if own == 0 && !s.limited {

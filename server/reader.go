@@ -127,6 +127,7 @@ func (r *reader) wait(n int) error {
 	for {
 		_, err := r.in.need(n)
 		r.arrived = time.Now()
+		r.batches()
 		if err == nil || !errors.Is(err, os.ErrDeadlineExceeded) {
 			return err
 		}
@@ -137,6 +138,18 @@ func (r *reader) wait(n int) error {
 		}
 		r.c.sock.wake(lastWords)
 	}
+}
+
+// batches settles at how many bytes replies leave: at half of those to the requests in
+// hand, as far as one can see, so that the client has something to do while the other
+// half is made.
+func (r *reader) batches() {
+	requests := uint64(len(r.in.unread()) / r.in.head)
+	reply := uint64(r.c.replyHead())
+	if r.req.Type == protocol.CmdRead { // the last one
+		reply += min(r.req.Length, maxBatch)
+	}
+	r.batch = int(min(max(requests*reply/2, minBatch), maxBatch))
 }
 
 // ended says why the connection ends.

@@ -8,10 +8,12 @@ import (
 )
 
 const (
-	// batchSize bounds the replies that leave with one write. Larger batches
-	// have left the processor's cache when the kernel copies them: 2 MiB lost
-	// 30 % on large reads.
-	batchSize = 64 << 10
+	// minBatch and maxBatch bound the replies in bytes that leave with one write,
+	// unless it is one that is longer; see reader.batches. Larger batches have left
+	// the processor's cache when the kernel copies them: 2 MiB lost 30 % on large
+	// reads. The least are eight pages and their headers.
+	minBatch = 33 << 10
+	maxBatch = 144 << 10
 	// maxQueued bounds the replies that wait for a client that does not read,
 	// in bytes. Who has more to send waits.
 	maxQueued = 1 << 20
@@ -44,7 +46,7 @@ func (b *batch) grow(head, n int) error {
 	if b.buf == nil || pageSize+n > len(b.buf.B) {
 		b.buf.Release()
 		*b = batch{}
-		buf, err := backend.GetBuffer(max(batchSize, pageSize+n))
+		buf, err := backend.GetBuffer(pageSize + max(maxBatch, n))
 		if err != nil {
 			return err
 		}
@@ -102,7 +104,7 @@ func (s *sender) send(b *batch) {
 	s.write(b.buf.B[b.start:b.end])
 	s.c.giveBack(&b.held)
 	b.start, b.end = 0, 0
-	if len(b.buf.B) > batchSize {
+	if len(b.buf.B) > 2*maxBatch { // what a buffer for batches is rounded up to
 		b.release()
 	}
 

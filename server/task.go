@@ -12,12 +12,13 @@ import (
 // A task carries out one request after another for a goroutine that makes calls:
 // reserve, then run, then finish. Its memory is used again for each.
 type task struct {
-	c    *conn
-	call backend.Call
-	req  protocol.Request
-	err  error
-	out  batch // replies not yet sent, and room for the next one
-	at   int   // where in out.buf the reply of the request under way begins
+	c     *conn
+	call  backend.Call
+	req   protocol.Request
+	err   error
+	out   batch // replies not yet sent, and room for the next one
+	batch int   // at how many bytes replies that wait are sent
+	at    int   // where in out.buf the reply of the request under way begins
 
 	// arrived is when the request, and those before it in the batch, had been
 	// received.
@@ -49,6 +50,7 @@ type task struct {
 
 func (t *task) init(c *conn) {
 	t.c = c
+	t.batch = maxBatch
 	t.call = backend.Call{Conn: &c.peer, Worker: backend.Handshake}
 	if !c.s.serial() {
 		t.call.Worker = int(c.numbers.Add(1) - 1)
@@ -82,7 +84,7 @@ func (t *task) reserve() error {
 
 // room makes room for n bytes behind the replies that wait, or sends those.
 func (t *task) room(n int) error {
-	if t.out.fits(n) && (t.out.empty() || t.out.end-t.out.start+n <= batchSize) {
+	if t.out.fits(n) && (t.out.empty() || t.out.end-t.out.start+n <= t.batch) {
 		return nil
 	}
 	t.send()
