@@ -33,8 +33,7 @@ type reader struct {
 	calls int
 	bytes uint64
 
-	receives uint64    // so far
-	tempered time.Time // when receives was looked at
+	tempered time.Time // when in.receives was looked at
 }
 
 const (

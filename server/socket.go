@@ -226,7 +226,8 @@ const (
 	// hotWait is how long the reader of a hot socket waits for more. After that
 	// the socket is cold again, which costs some ten system calls.
 	hotWait = 20 * time.Millisecond
-	// temperEvery receives that took less than quickGap each make a socket hot.
+	// At least temperEvery receives that took less than quickGap each make a socket
+	// hot.
 	temperEvery = 32
 	quickGap    = 200 * time.Microsecond
 	// secureGaps is how many times longer it may take under TLS: large writes are
@@ -247,9 +248,11 @@ func maxHot() int32 {
 // cold where other connections are active. It is called before a receive.
 func (r *reader) temper() {
 	c := r.c
-	if r.receives++; r.receives%temperEvery != 0 {
+	if r.in.receives < temperEvery {
 		return
 	}
+	receives := time.Duration(r.in.receives)
+	r.in.receives = 0
 	crowded := c.s.watcher.active.Load() > c.s.opts.maxHot
 	if c.sock.hot() {
 		if crowded {
@@ -262,7 +265,7 @@ func (r *reader) temper() {
 	if c.secure != nil {
 		gap *= secureGaps
 	}
-	quick := now.Sub(r.tempered) < temperEvery*gap
+	quick := now.Sub(r.tempered) < receives*gap
 	r.tempered = now
 	if !quick || crowded || c.pace.slow.Load() || len(c.slots) > 0 {
 		return
