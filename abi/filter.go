@@ -173,7 +173,7 @@ func CopyFilter(p unsafe.Pointer, anyRelease bool) (Filter, error) {
 			ErrAPIVersion, version, FilterAPIVersion, OldestFilter, NewestFilter)
 	}
 	f := Filter{Version: (*(*CString)(unsafe.Add(p, filterVersionOffset))).String()}
-	release, err := parseRelease(f.Version)
+	release, err := ParseRelease(f.Version)
 	if err == nil && release > NewestFilter && anyRelease {
 		release = NewestFilter
 	}
@@ -201,13 +201,13 @@ func CopyFilter(p unsafe.Pointer, anyRelease bool) (Filter, error) {
 	return f, nil
 }
 
-// parseRelease reads a version such as 1.32.5 or 1.48.1-2.fc43.
-func parseRelease(version string) (Release, error) {
+// ParseRelease reads a version of nbdkit's such as 1.32.5 or 1.48.1-2.fc43.
+func ParseRelease(version string) (Release, error) {
 	major, rest, _ := strings.Cut(version, ".")
 	minor, _, _ := strings.Cut(rest, ".")
 	n, err := strconv.ParseUint(minor, 10, 16)
 	if major != "1" || err != nil {
-		return 0, fmt.Errorf("got the version %q, which is none of nbdkit's: rebuild the filter", version)
+		return 0, fmt.Errorf("got the version %q, which is none of nbdkit's", version)
 	}
 	return Release(n), nil
 }

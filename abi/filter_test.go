@@ -23,7 +23,7 @@ func headerRelease(t *testing.T, dir string) Release {
 	if m == nil {
 		t.Fatalf("%s: no version", dir)
 	}
-	r, err := parseRelease(string(m[1]))
+	r, err := ParseRelease(string(m[1]))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -70,6 +70,7 @@ func newConn(s *Server, id uint64, nc net.Conn) *conn {
 	c.call = backend.Call{Conn: &c.peer, Worker: backend.Handshake, Log: c.log}
 	c.bytes = newBudget(s.opts.Limits.BytesPerConnection)
 	c.sender.init(c)
+	c.pace.cost.Store(int64(unknownCall))
 	return c
 }
 

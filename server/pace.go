@@ -12,6 +12,8 @@ const (
 	// on the reader again.
 	slowCall = 40 * time.Microsecond
 	fastCall = 20 * time.Microsecond
+	// A new connection begins with unknownCall: a few calls tell.
+	unknownCall = 10 * time.Microsecond
 	// longCall is what counts of a call on a worker that took longer, so that a
 	// few of them do not keep all the others there.
 	longCall = 100 * time.Microsecond

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"bytes"
 	"sync/atomic"
 	"time"
 
@@ -14,13 +15,14 @@ import (
 type SparseReads int
 
 const (
+	// SparseAuto asks for the extents where that has paid: where long reads bring
+	// zeroes it measures now and then what the question costs and how much of what
+	// is read are holes.
+	SparseAuto SparseReads = iota
 	// SparseNever sends data only, and so never makes a call for a read that
 	// nbdkit would not make: there are plugins whose .extents crashes on the
 	// ranges that reads have.
-	SparseNever SparseReads = iota
-	// SparseAuto asks for the extents where that has paid: it measures now and
-	// then what the question costs and how much of what is read is zero.
-	SparseAuto
+	SparseNever
 	SparseAlways // ask before every read of at least sparseSize
 )
 
@@ -35,9 +37,10 @@ const (
 	holeAlign = 512
 	// maxPieces bounds the chunks of one reply. What is left goes into the last.
 	maxPieces = 16
-	// firstProbe is how many long reads pass before one is a probe, so that short
-	// sessions see no call that they would not see otherwise. Where a probe finds
-	// that asking does not pay, twice as many pass before the next one.
+	// firstProbe is how many long reads pass before one is looked at, so that short
+	// sessions see no call that they would not see otherwise. Where it brought
+	// zeroes only it is a probe: the extents of the same range are asked for. Where a
+	// probe finds that asking does not pay, twice as many pass before the next look.
 	firstProbe = 32
 	// zeroesPerNanosecond is how many bytes of zeroes are read, sent and
 	// received in a nanosecond, without network. Measured with this client, one
@@ -51,7 +54,7 @@ const (
 type sparsePolicy struct {
 	mode     SparseReads
 	reads    atomic.Uint64 // long ones so far
-	probe    atomic.Uint64 // the number of the read that is the next probe
+	look     atomic.Uint64 // the number of the first read that is to be looked at
 	interval atomic.Uint64 // between the last probe and that
 	cost     atomic.Int64  // ns that a question takes
 	zero     atomic.Int64  // parts of 2^20 of what was asked about that were zero
@@ -63,7 +66,7 @@ func (p *sparsePolicy) init(mode SparseReads, possible bool) {
 		p.mode = SparseNever
 	}
 	p.interval.Store(firstProbe)
-	p.probe.Store(firstProbe)
+	p.look.Store(firstProbe)
 }
 
 // wants tells whether to ask for the extents before this read.
@@ -71,7 +74,37 @@ func (p *sparsePolicy) wants(r *protocol.Request) bool {
 	if p.mode == SparseNever || r.Type != protocol.CmdRead || r.Length < sparseSize || r.Flags&protocol.CmdFlagDF != 0 {
 		return false
 	}
-	return p.mode == SparseAlways || p.reads.Add(1) == p.probe.Load() || p.pays(r.Length)
+	if p.mode == SparseAlways {
+		return true
+	}
+	p.reads.Add(1)
+	return p.pays(r.Length)
+}
+
+// probes tells whether to ask for the extents of a read that brought data, and for
+// which wants said no.
+func (p *sparsePolicy) probes(data []byte) bool {
+	if p.mode != SparseAuto || len(data) < sparseSize {
+		return false
+	}
+	n := p.reads.Load()
+	if n < p.look.Load() {
+		return false
+	}
+	p.look.Store(n + firstProbe)
+	return allZero(data)
+}
+
+var zeroPage [4096]byte
+
+func allZero(p []byte) bool {
+	for len(p) > len(zeroPage) {
+		if !bytes.Equal(p[:len(zeroPage)], zeroPage[:]) {
+			return false
+		}
+		p = p[len(zeroPage):]
+	}
+	return bytes.Equal(p, zeroPage[:len(p)])
 }
 
 // pays tells whether asking about a read of this length has cost less than half of
@@ -94,7 +127,7 @@ func (p *sparsePolicy) learn(d time.Duration, zeroes, length uint64) {
 	} else {
 		p.interval.Store(2 * p.interval.Load())
 	}
-	p.probe.Store(p.reads.Load() + p.interval.Load())
+	p.look.Store(p.reads.Load() + p.interval.Load())
 }
 
 // A piece is a part of a read: [start, end) of the request, a hole or data.
@@ -141,19 +174,24 @@ func (t *task) pieces(off, length uint64) (list []piece, zeroes uint64) {
 // sparseRoom is how much longer than data alone the reply of a sparse read may be.
 const sparseRoom = maxPieces * (protocol.ExtendedChunkHeaderSize + protocol.OffsetHoleSize)
 
+// holes asks for the extents of the read, and takes in what that cost. Where it fails
+// there are none: reading may work all the same.
+func (t *task) holes() (list []piece, zeroes uint64) {
+	began := time.Now()
+	err := t.c.session.Extents(&t.call, uint32(t.req.Length), t.req.Offset, 0, &t.extents)
+	cost := time.Since(began)
+	if err == nil {
+		list, zeroes = t.pieces(t.req.Offset, t.req.Length)
+	}
+	t.c.sparse.learn(cost, zeroes, t.req.Length)
+	return list, zeroes
+}
+
 // readSparse composes the whole reply of a read with its holes. It returns false
 // where there is none: an ordinary read is due then.
 func (t *task) readSparse() bool {
-	s, req, policy := t.c.session, &t.req, &t.c.sparse
-	began := time.Now()
-	err := s.Extents(&t.call, uint32(req.Length), req.Offset, 0, &t.extents)
-	cost := time.Since(began)
-	if err != nil {
-		policy.learn(cost, 0, req.Length)
-		return false // reading may work all the same
-	}
-	pieces, zeroes := t.pieces(req.Offset, req.Length)
-	policy.learn(cost, zeroes, req.Length)
+	s, req := t.c.session, &t.req
+	pieces, zeroes := t.holes()
 	if zeroes == 0 {
 		return false
 	}

@@ -149,13 +149,15 @@ func TestSparseErrors(t *testing.T) {
 	}
 }
 
-// The policy by itself: it asks seldom until it has seen that it pays, more and
-// more seldom where it does not, and never without need.
+// The policy by itself: it asks where reads bring zeroes, seldom until it has seen that
+// it pays, more and more seldom where it does not, and never without need.
 func TestSparsePolicy(t *testing.T) {
 	read := &protocol.Request{Type: protocol.CmdRead, Length: 1 << 20}
-	asks := func(p *sparsePolicy, reads int, cost time.Duration, zeroes uint64) (at []int) {
+	hole, data := make([]byte, read.Length), make([]byte, read.Length)
+	data[len(data)-1] = 1
+	asks := func(p *sparsePolicy, reads int, brings []byte, cost time.Duration, zeroes uint64) (at []int) {
 		for i := range reads {
-			if p.wants(read) {
+			if p.wants(read) || p.probes(brings) {
 				at = append(at, i+1)
 				p.learn(cost, zeroes, read.Length)
 			}
@@ -164,30 +166,38 @@ func TestSparsePolicy(t *testing.T) {
 	}
 	var p sparsePolicy
 	p.init(SparseAuto, true)
-	if got := asks(&p, 1000, time.Microsecond, 0); !slices.Equal(got, []int{32, 96, 224, 480, 992}) {
-		t.Errorf("no zeroes: asked at %v", got)
+	if got := asks(&p, 1000, data, 0, 0); got != nil {
+		t.Errorf("data only: asked at %v", got)
+	}
+	if got := asks(&p, 65, hole, time.Microsecond, 1<<20); len(got) < 32 {
+		t.Errorf("zeroes after data: asked at %v", got)
 	}
 	p = sparsePolicy{}
 	p.init(SparseAuto, true)
-	if got := asks(&p, 100, time.Microsecond, 1<<20); len(got) != 69 || got[0] != 32 {
-		t.Errorf("zeroes only: asked at %v", got)
+	if got := asks(&p, 1000, hole, time.Microsecond, 0); !slices.Equal(got, []int{32, 96, 224, 480, 992}) {
+		t.Errorf("zeroes that are no holes: asked at %v", got)
+	}
+	p = sparsePolicy{}
+	p.init(SparseAuto, true)
+	if got := asks(&p, 100, hole, time.Microsecond, 1<<20); len(got) != 69 || got[0] != 32 {
+		t.Errorf("holes only: asked at %v", got)
 	}
 	// It finds out that it does not pay any more.
-	if got := asks(&p, 1000, time.Microsecond, 0); len(got) > 60 {
-		t.Errorf("no zeroes any more: asked %d times", len(got))
+	if got := asks(&p, 1000, data, time.Microsecond, 0); len(got) > 60 {
+		t.Errorf("no holes any more: asked %d times", len(got))
 	}
 	p = sparsePolicy{}
 	p.init(SparseAuto, true)
-	if got := asks(&p, 1000, 10*time.Millisecond, 1<<20); len(got) != 5 {
+	if got := asks(&p, 1000, hole, 10*time.Millisecond, 1<<20); len(got) != 5 {
 		t.Errorf("dear extents: asked at %v", got)
 	}
 	p = sparsePolicy{}
 	p.init(SparseNever, true)
-	if got := asks(&p, 1000, 0, 1<<20); got != nil {
+	if got := asks(&p, 1000, hole, 0, 1<<20); got != nil {
 		t.Errorf("never: asked at %v", got)
 	}
 	p.init(SparseAlways, false)
-	if got := asks(&p, 1000, 0, 1<<20); got != nil {
+	if got := asks(&p, 1000, hole, 0, 1<<20); got != nil {
 		t.Errorf("no extents: asked at %v", got)
 	}
 }

@@ -114,7 +114,10 @@ func (t *task) run(payload []byte) {
 		t.err = nil
 		if !t.sparse || !t.readSparse() {
 			from := t.at + t.c.replyHead()
-			t.err = s.Pread(&t.call, t.out.buf.B[from:from+int(req.Length)], req.Offset)
+			data := t.out.buf.B[from : from+int(req.Length)]
+			if t.err = s.Pread(&t.call, data, req.Offset); t.err == nil && t.c.sparse.probes(data) {
+				t.holes()
+			}
 		}
 	case protocol.CmdWrite:
 		t.err = s.Pwrite(&t.call, payload, req.Offset, flags)

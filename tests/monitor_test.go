@@ -209,7 +209,7 @@ func TestLimits(t *testing.T) {
 		args   []string
 		metric string // that counts something
 	}{
-		"bandwidth": {[]string{"--bandwidth=16M"}, `nbdhost_delayed_operations_total{limit="bandwidth"}`},
+		"bandwidth": {[]string{"--bandwidth=128M"}, `nbdhost_delayed_operations_total{limit="bandwidth"}`},
 		"bytes":     {[]string{"--max-bytes=256K", "--filter=delay", "delay-read=1ms", "delay-write=1ms"}, `nbdhost_delayed_operations_total{limit="bytes"}`},
 		"requests":  {[]string{"--max-requests=2", "--filter=delay", "delay-read=1ms", "delay-write=1ms"}, `nbdhost_delayed_operations_total{limit="requests"}`},
 		"own bytes": {[]string{"--max-bytes-per-connection=256K", "--filter=delay", "delay-read=1ms", "delay-write=1ms"},
@@ -217,9 +217,9 @@ func TestLimits(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			s := startHost(t, append([]string{"--metrics=unix:DIR/http", "memory", "2M"}, tt.args...)...)
+			s := startHost(t, append([]string{"--metrics=unix:DIR/http", "memory", "16M"}, tt.args...)...)
 			in, out := filepath.Join(s.dir, "in"), filepath.Join(s.dir, "out")
-			writeFile(t, in, strings.Repeat("some data that is not zero, ", 2<<20/28+1)[:2<<20], 0o600)
+			writeFile(t, in, strings.Repeat("some data that is not zero, ", 16<<20/28+1)[:16<<20], 0o600)
 			command(t, "nbdcopy", "--connections=2", in, s.uri(""))
 			command(t, "nbdcopy", "--connections=2", s.uri(""), out)
 			sameBytes(t, out, in)

@@ -143,7 +143,7 @@ var manualOptions = map[string]string{
 	"no-sr":                       "For tests of clients.",
 	"no-eh":                       "For tests of clients.",
 	"no-mc":                       "For tests of clients.",
-	"sparse-reads":                "Where the plugin knows by its extents that a part of a long read is zero, clients with structured replies are told so and nothing is read there. With auto the server measures what the question costs and how much is zero. Nbdkit never asks a plugin for its extents because of a read, and some plugins crash when they are (nbdkit's own split plugin up to release 1.42), so this is off unless it is asked for.",
+	"sparse-reads":                "Where the plugin knows by its extents that a part of a long read is zero, clients with structured replies are told so and nothing is read there. With auto the server looks at every 32nd such read, or more seldom; where one is all zero it asks for the extents too, and from what that costs and brings it knows whether to ask before others. Nbdkit never asks a plugin for its extents because of a read, and nbdkit's own split plugin crashes when it is asked, up to release 1.46: with auto it is left alone.",
 	"strict-block-size":           "The specification lets a server refuse them. Nbdkit leaves it to the plugin, or to nbdkit-blocksize-policy-filter(1).",
 	"timeout":                     "A client that takes longer is disconnected.",
 	"drain-timeout":               "Clients whose requests take longer are disconnected. Idle clients do not hold up the end.",

@@ -204,7 +204,7 @@ var optionTable = []option{
 	{groupServe, []string{"no-sr", "no-structured-replies"}, "", "", "do not offer structured replies", flag(func(o *options) *bool { return &o.noSR })},
 	{groupServe, []string{"no-eh", "no-extended-headers"}, "", "", "do not offer extended headers", flag(func(o *options) *bool { return &o.noEH })},
 	{groupServe, []string{"no-mc", "no-meta-contexts"}, "", "", "do not offer meta contexts (block status)", flag(func(o *options) *bool { return &o.noMC })},
-	{groupServe, []string{"sparse-reads"}, "", "WHEN", "answer reads with the holes in them: never (default), always,\nor auto (where it pays)",
+	{groupServe, []string{"sparse-reads"}, "", "WHEN", "answer reads with the holes in them: auto (default; where it\npays), always or never",
 		func(o *options, v string) error {
 			when, ok := map[string]server.SparseReads{"auto": server.SparseAuto, "always": server.SparseAlways, "never": server.SparseNever}[v]
 			if !ok {

@@ -85,6 +85,9 @@ func serve(o *options, start *starter, stdout io.Writer, out *logHandler) (int, 
 	}
 	log.Debug(fmt.Sprintf("registered plugin %s (name %s)", found.Path, plugin.Name()))
 	out.setModule(plugin.Name())
+	if o.sparseReads == server.SparseAuto && plugin.FaultyExtents() {
+		o.sparseReads = server.SparseNever
+	}
 	filters, err := openFilters(o, log)
 	if err != nil {
 		return 1, err
