@@ -3,7 +3,6 @@ package server
 import (
 	"log/slog"
 	"net"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -51,7 +50,9 @@ type conn struct {
 	numbers atomic.Int32  // of tasks so far
 	jobs    chan job
 	pace    pace
-	calling sync.WaitGroup
+	calling atomic.Int32 // goroutines that have a part in it; the last ends the connection
+	began   time.Time
+	over    chan struct{} // closed at the end of the connection, where somebody waits for that
 
 	// Of the limits.
 	address string // see there
@@ -74,31 +75,36 @@ func newConn(s *Server, id uint64, nc net.Conn) *conn {
 	return c
 }
 
-// serve takes the connection from preconnect to close.
+// serve takes the connection from preconnect to the transmission phase, which other
+// goroutines may end, or to close where it does not come to that.
 func (c *conn) serve() {
-	defer c.s.forget(c)
-	defer c.close()
+	if r := c.greet(); r != nil {
+		c.transmit(r)
+	} else {
+		c.leave()
+	}
+}
+
+// greet makes the handshake. It returns nil where there is to be no more.
+func (c *conn) greet() *reader {
 	if c.denied != "" {
 		c.turnAway()
-		return
+		return nil
 	}
 	if c.lane = c.s.gate.Connect(c.s.quit); c.lane == nil {
-		return
+		return nil
 	}
-	defer c.lane.Leave()
-	defer c.peer.Release()
-
 	if err := c.preconnect(); err != nil {
 		c.s.failures[ReasonPreconnect].Add(1)
 		c.call.Debugf("preconnect refused the connection: %v", err)
-		return
+		return nil
 	}
-	r := newReader(c)
-	defer r.in.release()
+	r := newReader(c, c.number())
 	if err := c.handshake(&r.in); err != nil {
+		r.in.release()
 		c.failed(err)
 		c.call.Debugf("handshake: %v", err)
-		return
+		return nil
 	}
 	if c.s.serial() {
 		c.call.Debugf("handshake complete, processing requests serially")
@@ -108,11 +114,42 @@ func (c *conn) serve() {
 	c.log = c.log.With("export", c.session.Export())
 	c.call.Log = c.log
 	r.setLog()
-	began := time.Now()
+	c.began = time.Now()
 	c.log.Info("client connected", "tls", c.secure != nil)
-	c.transmit(r)
-	c.log.Info("client disconnected", "seconds", time.Since(began).Seconds())
+	return r
+}
+
+// done ends a goroutine's part in the transmission phase, and with the last one the
+// connection.
+func (c *conn) done() {
+	if c.calling.Add(-1) > 0 {
+		return
+	}
+	c.s.exports.leave(c)
+	c.log.Info("client disconnected", "seconds", time.Since(c.began).Seconds())
 	c.closeSession()
+	c.leave()
+}
+
+// leave ends the connection.
+func (c *conn) leave() {
+	if c.lane != nil {
+		c.peer.Release()
+		c.lane.Leave()
+	}
+	c.close()
+	c.s.forget(c)
+	if c.over != nil {
+		close(c.over)
+	}
+}
+
+// number is the next number of a goroutine that makes calls.
+func (c *conn) number() int {
+	if c.s.serial() {
+		return backend.Handshake
+	}
+	return int(c.numbers.Add(1) - 1)
 }
 
 func (c *conn) preconnect() error {

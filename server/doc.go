@@ -14,7 +14,8 @@
 // (handshake.go) and, once an export is open, the transmission phase (reader.go):
 // it receives as much as the socket holds in one system call, runs every complete
 // request, and sends the replies with one more. While the connection is idle it
-// holds no buffer. Where requests follow each other at once, and few connections are
+// holds no buffer, and after a while no reader either: it is parked (park.go). Where
+// requests follow each other at once, and few connections are
 // active, the goroutine blocks in the receive and keeps the poller out of it
 // (socket.go).
 //

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"errors"
 	"io"
 	"os"
 	"time"
@@ -37,7 +38,8 @@ type input struct {
 	n       int                   // what it gave
 	err     error
 
-	receives int // since the reader has looked
+	receives int  // since the reader has looked
+	boundary bool // of two requests: more may fail with errIdle
 
 	// Of linger: how many times it was in vain in a row, and how many more times
 	// it is left out for that.
@@ -136,8 +138,17 @@ func (in *input) more(n int) error {
 		}
 		return err
 	}
-	if err := in.c.sock.raw.Read(in.receive); err != nil {
-		return err
+	for {
+		err := in.c.sock.raw.Read(in.receive)
+		if err == nil {
+			break
+		}
+		if !errors.Is(err, os.ErrDeadlineExceeded) || !in.c.rested() {
+			return err
+		}
+		if in.boundary {
+			return errIdle
+		}
 	}
 	if in.err != nil {
 		return in.err
@@ -195,6 +206,9 @@ func (in *input) tryReceive(fd uintptr) bool {
 				in.release()
 				if in.idle != nil {
 					in.idle()
+				}
+				if in.boundary {
+					in.c.rest()
 				}
 			}
 			return false

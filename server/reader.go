@@ -44,9 +44,9 @@ const (
 	next  = 4
 )
 
-func newReader(c *conn) *reader {
+func newReader(c *conn, number int) *reader {
 	r := &reader{}
-	r.task.init(c)
+	r.task.init(c, number)
 	r.in.init(c)
 	r.in.head = c.negotiated.RequestSize()
 	r.in.idle = func() {
@@ -57,25 +57,24 @@ func newReader(c *conn) *reader {
 	return r
 }
 
-// transmit is the transmission phase. It returns when all calls have returned and
-// all replies are sent.
+// transmit is the transmission phase. It returns when r has not the connection any more.
+// The phase is over when all calls have returned and all replies are sent; done sees to
+// what comes then.
 func (c *conn) transmit(r *reader) {
 	c.jobs = make(chan job)
 	c.slots = make(chan struct{}, c.s.opts.Threads)
 	c.s.exports.enter(c, c.session.Export())
-	defer c.s.exports.leave(c)
 	r.in.head = c.negotiated.RequestSize()
 	r.arrived = time.Now()
 	c.sock.widen()
 	c.calling.Add(1)
 	c.start(r)
-	c.calling.Wait()
 }
 
 // start makes r the one that has the connection, and returns when it has not any
 // more. c.calling counts it already.
 func (c *conn) start(r *reader) {
-	defer c.calling.Done()
+	defer c.done()
 	c.reader.Store(r)
 	if r.loop() {
 		// Nobody has the connection after r: the end.
@@ -86,13 +85,20 @@ func (c *conn) start(r *reader) {
 	r.out.release()
 }
 
-// loop returns true at the end of the connection, and false where the connection
-// was taken away from r.
+// loop returns true at the end of the connection, and false where r has given the
+// connection up: it was taken away from r, or is parked.
 func (r *reader) loop() bool {
 	size := r.c.negotiated.RequestSize()
 	for {
 		if len(r.in.unread()) < size {
-			if err := r.wait(size); err != nil {
+			r.in.boundary = r.c.secure == nil
+			err := r.wait(size)
+			r.in.boundary = false
+			if err == errIdle {
+				r.c.park(r.call.Worker)
+				return false
+			}
+			if err != nil {
 				r.ended(err)
 				return true
 			}
@@ -125,6 +131,12 @@ func (r *reader) wait(n int) error {
 	r.temper()
 	for {
 		_, err := r.in.need(n)
+		if err == errIdle {
+			if r.parks() {
+				return err
+			}
+			continue
+		}
 		r.arrived = time.Now()
 		r.batches()
 		if err == nil || !errors.Is(err, os.ErrDeadlineExceeded) {

@@ -63,6 +63,8 @@ type Options struct {
 
 	maxHot int32         // how many sockets may be hot; 0 stands for maxHot()
 	hotGap time.Duration // with it: how much time there may be between receives
+
+	parkAfter time.Duration // 0 stands for the constant
 }
 
 // lastWords is how long an idle client has, after a shutdown, to send a command
@@ -117,6 +119,9 @@ func New(o Options) *Server {
 	}
 	if o.DrainTimeout <= 0 {
 		o.DrainTimeout = 10 * time.Second
+	}
+	if o.parkAfter == 0 {
+		o.parkAfter = parkAfter
 	}
 	if o.maxHot == 0 {
 		o.maxHot, o.hotGap = maxHot(), quickGap
@@ -192,7 +197,9 @@ func passing(err error) bool {
 // ServeConn serves one connection and returns when it is over. It closes nc.
 func (s *Server) ServeConn(nc net.Conn) {
 	if c := s.admit(nc, false); c != nil {
+		c.over = make(chan struct{})
 		c.serve()
+		<-c.over
 	}
 }
 

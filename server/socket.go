@@ -26,6 +26,8 @@ type socket struct {
 	nc  net.Conn        // nil while hot
 	raw syscall.RawConn // of nc; nil where that has no descriptor
 	fd  int             // where it was hot at least once: the same socket, outside of the poller; else -1
+
+	resting bool // nc has the deadline of rest; of who has the connection
 }
 
 func (s *socket) init(nc net.Conn) {
@@ -84,6 +86,7 @@ func (s *socket) heat() error {
 	nc := s.nc
 	s.nc, s.raw = nil, nil
 	s.mu.Unlock()
+	s.resting = false
 	_ = nc.Close() // this descriptor is gone either way; the socket lives on in fd
 	return nil
 }

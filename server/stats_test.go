@@ -135,6 +135,12 @@ func TestStats(t *testing.T) {
 // Requests under way are in flight wherever they run, and the connection that a
 // slow call loses counts what was answered before with its own latency.
 func TestStatsInFlight(t *testing.T) {
+	for _, workers := range []bool{false, true} {
+		t.Run(fmt.Sprintf("workers %v", workers), func(t *testing.T) { testInFlight(t, workers) })
+	}
+}
+
+func testInFlight(t *testing.T, workers bool) {
 	release := make(chan struct{})
 	h := newHooked()
 	h.before = func(_ *backend.Call, cb backend.Callback, off uint64) error {
@@ -145,6 +151,11 @@ func TestStatsInFlight(t *testing.T) {
 	}
 	s, _, path := serve(t, h, Options{Threads: 4})
 	nc := raw(t, path)
+	if workers {
+		s.mu.Lock()
+		s.conns[1].pace.slacken()
+		s.mu.Unlock()
+	}
 	var out []byte
 	for i := range uint64(4) {
 		out = append(out, request(protocol.Request{Type: protocol.CmdRead, Cookie: i, Length: 1})...)
@@ -155,7 +166,7 @@ func TestStatsInFlight(t *testing.T) {
 	for range 4 {
 		readReply(t, nc, 1)
 	}
-	if st := s.Stats(); st.Workers == 0 || st.Operations() != 4 {
+	if st := s.Stats(); workers && st.Workers == 0 || st.Operations() != 4 {
 		t.Errorf("got %+v", st)
 	}
 	close(release)

@@ -48,13 +48,10 @@ type task struct {
 	status  protocol.BlockStatus
 }
 
-func (t *task) init(c *conn) {
+func (t *task) init(c *conn, number int) {
 	t.c = c
 	t.batch = maxBatch
-	t.call = backend.Call{Conn: &c.peer, Worker: backend.Handshake}
-	if !c.s.serial() {
-		t.call.Worker = int(c.numbers.Add(1) - 1)
-	}
+	t.call = backend.Call{Conn: &c.peer, Worker: number}
 	t.setLog()
 }
 

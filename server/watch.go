@@ -139,7 +139,7 @@ func (c *conn) takeAway(r *reader, state uint64) {
 	// moves to the new reader.
 	c.calling.Add(1)
 	c.pace.lost(time.Now())
-	n := newReader(c)
+	n := newReader(c, c.number())
 	r.account() // what waits to be sent need not wait for the call
 	n.arrived = r.arrived
 	err := r.in.handOver(&n.in)

@@ -83,11 +83,11 @@ func (r *reader) receiveInto(p []byte) error {
 
 // work carries out j and then other jobs, until there will be none.
 func (c *conn) work(j job) {
-	defer c.calling.Done()
+	defer c.done()
 	c.s.workers.Add(1)
 	defer c.s.workers.Add(-1)
 	t := &task{}
-	t.init(c)
+	t.init(c, c.number())
 	c.call.Debugf("starting worker thread %s.%d", c.s.opts.Chain.Name(), t.call.Worker)
 	for ok := true; ok; j, ok = <-c.jobs {
 		t.do(j)

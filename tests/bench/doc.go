@@ -12,7 +12,7 @@
 // psktcp on TCP. Client and servers negotiate by themselves; a row of which the
 // servers negotiate different algorithms fails.
 // Rows that begin with metrics: compare nbdhost that has --metrics with itself without,
-// and start both anew in each round.
+// and start both anew in each round, of which they have ten times as many.
 // All servers of a row run at the same time and are measured in turn, ROUNDS times
 // SECONDS each; in each round another one
 // begins. A ratio is the median over the rounds of nbdhost's figure divided by

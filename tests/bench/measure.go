@@ -104,7 +104,11 @@ func (b *bench) measure(ctx context.Context, r row, number string) *result {
 		}
 		defer end()
 	}
-	for round := range b.rounds {
+	rounds := b.rounds
+	if r.metrics {
+		rounds *= metricsRounds
+	}
+	for round := range rounds {
 		if r.metrics && round > 0 {
 			// Two processes of the same program differ by several percent, for as long
 			// as they live: where their memory lies.
@@ -116,7 +120,7 @@ func (b *bench) measure(ctx context.Context, r row, number string) *result {
 			if s.err != nil || ctx.Err() != nil {
 				continue
 			}
-			b.say("%s %s: round %d/%d, %s", number, r.name(), round+1, b.rounds, s.kind)
+			b.say("%s %s: round %d/%d, %s", number, r.name(), round+1, rounds, s.kind)
 			x, err := b.sample(ctx, servers[s], r)
 			if err != nil {
 				s.err = err
@@ -136,6 +140,10 @@ func (b *bench) measure(ctx context.Context, r row, number string) *result {
 	}
 	return res
 }
+
+// metricsRounds is how many times more rounds the rows about metrics have: what they look
+// for is less than one process differs from the next.
+const metricsRounds = 10
 
 // prepare starts a server and fills its export.
 func (b *bench) prepare(ctx context.Context, kind string, r row) (*server, error) {

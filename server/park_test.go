@@ -1,0 +1,124 @@
+package server
+
+import (
+	"net"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"nbdhost/backend"
+	"nbdhost/protocol"
+)
+
+// parkSoon lets connections be parked at once.
+func parkSoon(t *testing.T, h *hooked) (s *Server, nc net.Conn, c *conn) {
+	t.Helper()
+	s, _, path := serve(t, h, Options{parkAfter: time.Microsecond})
+	nc = raw(t, path)
+	ask(t, nc, 1)
+	s.mu.Lock()
+	c = s.conns[1]
+	s.mu.Unlock()
+	awaitParked(t, c)
+	return s, nc, c
+}
+
+func awaitParked(t *testing.T, c *conn) {
+	t.Helper()
+	await(t, "the connection is parked", func() bool { return c.reader.Load() == nil })
+}
+
+// A parked connection goes on where it was, as often as it is parked, and the same
+// number makes its calls.
+func TestPark(t *testing.T) {
+	h := newHooked()
+	var worker atomic.Int64
+	h.before = func(c *backend.Call, _ backend.Callback, _ uint64) error {
+		worker.Store(int64(c.Worker))
+		return nil
+	}
+	_, nc, c := parkSoon(t, h)
+	for range 10 {
+		ask(t, nc, 3)
+		awaitParked(t, c)
+		if n := worker.Load(); n != 0 {
+			t.Errorf("got a call by %d, need 0", n)
+		}
+	}
+	// What comes in pieces comes whole.
+	b := request(protocol.Request{Type: protocol.CmdWrite, Cookie: 7, Length: 4096})
+	b = append(b, make([]byte, 4096)...)
+	for len(b) > 0 {
+		n := min(len(b), 999)
+		if _, err := nc.Write(b[:n]); err != nil {
+			t.Fatal(err)
+		}
+		b = b[n:]
+		time.Sleep(time.Millisecond) // longer than a deadline, as often as there is one
+	}
+	if r := readReply(t, nc, 0); r.Errno != 0 || r.Cookie != 7 {
+		t.Errorf("got %+v", r)
+	}
+}
+
+// A connection is not parked under a call, and a call that is slow does not keep it from
+// being served.
+func TestParkNotBusy(t *testing.T) {
+	h := newHooked()
+	const stuck = 1 << 20
+	release := make(chan struct{})
+	h.before = func(_ *backend.Call, cb backend.Callback, off uint64) error {
+		if cb == backend.Pread && off == stuck {
+			<-release
+		}
+		return nil
+	}
+	s, nc, c := parkSoon(t, h)
+	nc.Write(request(protocol.Request{Type: protocol.CmdRead, Cookie: 1, Offset: stuck, Length: 512}))
+	await(t, "the call is under way", func() bool { return c.inFlight() == 1 })
+	nc.Write(request(protocol.Request{Type: protocol.CmdRead, Cookie: 2, Length: 512}))
+	if r := readReply(t, nc, 512); r.Cookie != 2 {
+		t.Errorf("got %+v", r)
+	}
+	if s.Stats().InFlight != 1 || c.reader.Load() == nil {
+		t.Error("parked under a call")
+	}
+	close(release)
+	if r := readReply(t, nc, 512); r.Cookie != 1 {
+		t.Errorf("got %+v", r)
+	}
+}
+
+// What ends a connection ends a parked one.
+func TestParkEnds(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		end  func(*Server, net.Conn)
+	}{
+		{"shutdown", func(s *Server, _ net.Conn) { s.Shutdown() }},
+		{"shutdown, and last words", func(s *Server, nc net.Conn) {
+			s.Shutdown()
+			nc.Write(request(protocol.Request{Type: protocol.CmdRead, Cookie: 5, Length: 512}))
+			if r := readReply(t, nc, 0); r.Errno != protocol.ESHUTDOWN {
+				t.Errorf("got %+v", r)
+			}
+		}},
+		{"forced disconnect", func(s *Server, _ net.Conn) { s.Disconnect(1, true) }},
+		{"client closes", func(_ *Server, nc net.Conn) { nc.Close() }},
+		{"client disconnects", func(_ *Server, nc net.Conn) { nc.Write(request(protocol.Request{Type: protocol.CmdDisc})) }},
+		{"garbage", func(_ *Server, nc net.Conn) { nc.Write([]byte(strings.Repeat("garbage", 10))) }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			h := newHooked()
+			s, nc, _ := parkSoon(t, h)
+			tt.end(s, nc)
+			await(t, "the connection is closed", func() bool { return h.closes.Load() == 1 })
+			await(t, "it is forgotten", func() bool {
+				s.mu.Lock()
+				defer s.mu.Unlock()
+				return len(s.conns) == 0
+			})
+		})
+	}
+}
