@@ -24,8 +24,9 @@ import (
 )
 
 // minProcs is the least number of processors for the Go scheduler: it keeps one
-// for a call that blocks in C until it notices.
-const minProcs = 8
+// for a call that blocks in C until it notices. As many as the calls of a connection
+// that may block at a time: see RATIONALE.md.
+const minProcs = 16
 
 // serve opens the plugin and does with it what the options say, up to the end of
 // the process. start is whom to tell that it is ready, or nil.
