@@ -232,10 +232,7 @@ const (
 	// At least temperEvery receives that took less than quickGap each make a socket
 	// hot.
 	temperEvery = 32
-	quickGap    = 200 * time.Microsecond
-	// secureGaps is how many times longer it may take under TLS: large writes are
-	// received in many pieces, each of which takes long to decrypt.
-	secureGaps = 10
+	quickGap    = 8 * time.Millisecond
 )
 
 // maxHot is how many sockets may be hot at a time: the reader of each keeps a
@@ -264,11 +261,7 @@ func (r *reader) temper() {
 		return
 	}
 	now := time.Now()
-	gap := c.s.opts.hotGap
-	if c.secure != nil {
-		gap *= secureGaps
-	}
-	quick := now.Sub(r.tempered) < receives*gap
+	quick := now.Sub(r.tempered) < receives*c.s.opts.hotGap
 	r.tempered = now
 	if !quick || crowded || c.pace.slow.Load() || len(c.slots) > 0 {
 		return
