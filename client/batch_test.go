@@ -161,7 +161,7 @@ func TestAllocations(t *testing.T) {
 					all.Wait()
 				})
 				// A buffer or a goroutine now and then is none for each command.
-				if per > n/8 {
+				if per > n/4 {
 					t.Errorf("%s: %g allocations for %d commands", what, per, n)
 				}
 			}

@@ -9,7 +9,6 @@ import (
 	"os"
 	"os/exec"
 	"regexp"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -232,9 +231,7 @@ func findCheck() (pipe *os.File, names []string, err error) {
 
 // runChecks runs the named checks in this process and writes what they find.
 func runChecks(o *options, names []string, pipe io.Writer, out *logHandler) (int, error) {
-	if os.Getenv("GOMAXPROCS") == "" && runtime.GOMAXPROCS(0) < minProcs {
-		runtime.GOMAXPROCS(minProcs)
-	}
+	setProcs(o.threads)
 	unix.Umask(0o022)
 	var stop stopper
 	stop.onSignals()

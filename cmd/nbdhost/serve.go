@@ -23,17 +23,27 @@ import (
 	"nbdhost/server"
 )
 
-// minProcs is the least number of processors for the Go scheduler: it keeps one
-// for a call that blocks in C until it notices. As many as the calls of a connection
-// that may block at a time: see RATIONALE.md.
-const minProcs = 16
+// The Go scheduler keeps one of its processors for a call that blocks in C until it
+// notices, so there are as many as calls of a connection may block at a time, at least
+// minProcs, and at most maxProcs, since it looks through all of them for work: see
+// RATIONALE.md.
+const (
+	minProcs = 16
+	maxProcs = 32
+)
+
+// setProcs sees to that, unless the environment says how many there are to be.
+func setProcs(threads int) {
+	n := max(minProcs, min(threads, maxProcs))
+	if os.Getenv("GOMAXPROCS") == "" && runtime.GOMAXPROCS(0) < n {
+		runtime.GOMAXPROCS(n)
+	}
+}
 
 // serve opens the plugin and does with it what the options say, up to the end of
 // the process. start is whom to tell that it is ready, or nil.
 func serve(o *options, start *starter, stdout io.Writer, out *logHandler) (int, error) {
-	if os.Getenv("GOMAXPROCS") == "" && runtime.GOMAXPROCS(0) < minProcs {
-		runtime.GOMAXPROCS(minProcs)
-	}
+	setProcs(o.threads)
 	// Files that plugins and we make do not depend on who starts the server.
 	unix.Umask(0o022)
 	switch {
