@@ -13,14 +13,14 @@
 // One goroutine takes a connection through preconnect, the handshake
 // (handshake.go) and, once an export is open, the transmission phase (reader.go):
 // it receives as much as the socket holds in one system call, runs every complete
-// request, and sends the replies with one more. While the connection is idle it
+// request, and sends the replies with one or two more. While the connection is idle it
 // holds no buffer, and after a while no reader either: it is parked (park.go). Where
-// requests follow each other at once, and few connections are
-// active, the goroutine blocks in the receive and keeps the poller out of it
-// (socket.go).
+// requests follow each other at once, and few connections are active, the goroutine
+// blocks in the receive and keeps the poller out of it (socket.go). Who has a part in the
+// connection last ends it.
 //
 // Calls that are short, or that the thread model serialises, run on that
-// goroutine. Where calls take long they go to workers, which are started when
+// goroutine. Where calls take long (pace.go) they go to workers, which are started when
 // they are needed (worker.go). A call that was expected to be short and is not
 // loses the connection: the watcher (watch.go) hands the connection to a new
 // goroutine at its second look, after two to sixteen milliseconds, together with the replies
