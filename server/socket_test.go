@@ -135,20 +135,25 @@ func TestHotGivesWay(t *testing.T) {
 	})
 }
 
+// ends are the ways in which a connection ends that is idle.
+var ends = []end{
+	{"shutdown", func(s *Server, _ net.Conn) { s.Shutdown() }},
+	{"forced disconnect", func(s *Server, _ net.Conn) { s.Disconnect(1, true) }},
+	{"client closes", func(_ *Server, nc net.Conn) { nc.Close() }},
+	{"client disconnects", func(_ *Server, nc net.Conn) { nc.Write(request(protocol.Request{Type: protocol.CmdDisc})) }},
+	{"garbage", func(_ *Server, nc net.Conn) { nc.Write([]byte(strings.Repeat("garbage", 10))) }},
+}
+
+type end struct {
+	name string
+	end  func(*Server, net.Conn)
+}
+
 // What ends a connection ends a hot one.
 func TestHotEnds(t *testing.T) { plainAndTLS(t, testHotEnds) }
 
 func testHotEnds(t *testing.T, o Options) {
-	for _, tt := range []struct {
-		name string
-		end  func(*Server, net.Conn)
-	}{
-		{"shutdown", func(s *Server, _ net.Conn) { s.Shutdown() }},
-		{"forced disconnect", func(s *Server, _ net.Conn) { s.Disconnect(1, true) }},
-		{"client closes", func(_ *Server, nc net.Conn) { nc.Close() }},
-		{"client disconnects", func(_ *Server, nc net.Conn) { nc.Write(request(protocol.Request{Type: protocol.CmdDisc})) }},
-		{"garbage", func(_ *Server, nc net.Conn) { nc.Write([]byte(strings.Repeat("garbage", 10))) }},
-	} {
+	for _, tt := range ends {
 		t.Run(tt.name, func(t *testing.T) {
 			h := newHooked()
 			s, nc, _ := hot(t, h, o)
