@@ -161,7 +161,11 @@ func TestAllocations(t *testing.T) {
 					all.Wait()
 				})
 				// A buffer or a goroutine now and then is none for each command.
-				if per > n/4 {
+				most := float64(n / 8)
+				if what == "large writes" {
+					most = n // where the answer comes before the sender knows that all is sent, a goroutine completes it
+				}
+				if per > most {
 					t.Errorf("%s: %g allocations for %d commands", what, per, n)
 				}
 			}

@@ -296,13 +296,25 @@ func (a *clientAio) completed(cookie uint64) answer {
 	if a.Conn == nil {
 		return unknown
 	}
-	switch done, err := a.AioCommandCompleted(cookie); {
-	case !done:
-		return unknown
-	case err != nil:
-		return failed
+	for {
+		done, err := a.AioCommandCompleted(cookie)
+		switch {
+		case done && err != nil:
+			return failed
+		case done:
+			return succeeded
+		case err != nil || a.busy():
+			return unknown
+		}
+		runtime.Gosched() // its completion is about to return
 	}
-	return succeeded
+}
+
+// busy tells whether a completion has still to come.
+func (a *clientAio) busy() bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.inFlight > 0
 }
 
 func (a *clientAio) settle(n int) {
