@@ -67,6 +67,16 @@ func meet(t testing.TB, s *Server, u *protocol.URI) (server Conn, client net.Con
 	return server, client, serverErr, clientErr
 }
 
+// connect is meet where both must succeed.
+func connect(t testing.TB, s *Server, u *protocol.URI) (server Conn, client net.Conn) {
+	t.Helper()
+	server, client, serverErr, clientErr := meet(t, s, u)
+	if serverErr != nil || clientErr != nil {
+		t.Fatal(serverErr, clientErr)
+	}
+	return server, client
+}
+
 // meetRaw is meet, and returns what is below the client.
 func meetRaw(t testing.TB, s *Server, u *protocol.URI) (server Conn, client, b net.Conn, serverErr, clientErr error) {
 	t.Helper()
@@ -175,10 +185,7 @@ func TestCloseIsTold(t *testing.T) {
 func TestData(t *testing.T) {
 	k := newKit(t)
 	k.configs(t, func(t *testing.T, config Config, u *protocol.URI) {
-		server, client, e1, e2 := meet(t, newServer(t, config), u)
-		if e1 != nil || e2 != nil {
-			t.Fatal(e1, e2)
-		}
+		server, client := connect(t, newServer(t, config), u)
 		t.Log(server.Description())
 		data := make([]byte, 3<<20+123)
 		rand.Read(data)
@@ -221,10 +228,7 @@ func TestData(t *testing.T) {
 func TestTryRead(t *testing.T) {
 	k := newKit(t)
 	k.configs(t, func(t *testing.T, config Config, u *protocol.URI) {
-		server, client, e1, e2 := meet(t, newServer(t, config), u)
-		if e1 != nil || e2 != nil {
-			t.Fatal(e1, e2)
-		}
+		server, client := connect(t, newServer(t, config), u)
 		defer server.Close()
 		defer client.Close()
 		raw := socketOf(t, server)
@@ -281,10 +285,7 @@ func TestTryRead(t *testing.T) {
 func TestTryReadManyRecords(t *testing.T) {
 	k := newKit(t)
 	k.configs(t, func(t *testing.T, config Config, u *protocol.URI) {
-		server, client, e1, e2 := meet(t, newServer(t, config), u)
-		if e1 != nil || e2 != nil {
-			t.Fatal(e1, e2)
-		}
+		server, client := connect(t, newServer(t, config), u)
 		defer server.Close()
 		for _, s := range []string{"one ", "two ", "three"} {
 			if _, err := client.Write([]byte(s)); err != nil {
@@ -312,10 +313,7 @@ func TestTryReadManyRecords(t *testing.T) {
 func TestMove(t *testing.T) {
 	k := newKit(t)
 	k.configs(t, func(t *testing.T, config Config, u *protocol.URI) {
-		server, client, e1, e2 := meet(t, newServer(t, config), u)
-		if e1 != nil || e2 != nil {
-			t.Fatal(e1, e2)
-		}
+		server, client := connect(t, newServer(t, config), u)
 		defer client.Close()
 		defer server.Close()
 		var f *os.File
@@ -523,10 +521,7 @@ func TestOverdueList(t *testing.T) {
 		}
 		_, _, err, _ := meet(t, s, k.clientX)
 		match(t, "server", err, "revoked")
-		server, client, e1, e2 := meet(t, s, uri("", "tls-certificates", bob))
-		if e1 != nil || e2 != nil {
-			t.Fatal(e1, e2)
-		}
+		server, client := connect(t, s, uri("", "tls-certificates", bob))
 		client.Close()
 		server.Close()
 	}
@@ -539,10 +534,7 @@ func BenchmarkHandshake(b *testing.B) {
 		b.Fatal(err)
 	}
 	for b.Loop() {
-		server, client, e1, e2 := meet(b, s, k.clientX)
-		if e1 != nil || e2 != nil {
-			b.Fatal(e1, e2)
-		}
+		server, client := connect(b, s, k.clientX)
 		client.Close()
 		server.Close()
 	}
@@ -613,10 +605,7 @@ func TestRotation(t *testing.T) {
 	// serial is of the certificate that a client sees.
 	serial := func(t *testing.T, s *Server) string {
 		t.Helper()
-		server, client, e1, e2 := meet(t, s, k.clientX)
-		if e1 != nil || e2 != nil {
-			t.Fatal(e1, e2)
-		}
+		server, client := connect(t, s, k.clientX)
 		defer server.Close()
 		defer client.Close()
 		return client.(*standardConn).ConnectionState().PeerCertificates[0].SerialNumber.String()
@@ -795,10 +784,7 @@ func TestRenegotiation(t *testing.T) {
 		t.Fatal(err)
 	}
 	s := newServer(t, Config{PSK: k.psk, Priority: "NORMAL:-VERS-ALL:+VERS-TLS1.2"})
-	server, client, e1, e2 := meet(t, s, k.clientP)
-	if e1 != nil || e2 != nil {
-		t.Fatal(e1, e2)
-	}
+	server, client := connect(t, s, k.clientP)
 	defer server.Close()
 	defer client.Close()
 	c := client.(*session)
@@ -813,10 +799,7 @@ func TestCloseWhileBusy(t *testing.T) {
 	k.configs(t, func(t *testing.T, config Config, u *protocol.URI) {
 		s := newServer(t, config)
 		for range 5 {
-			server, client, e1, e2 := meet(t, s, u)
-			if e1 != nil || e2 != nil {
-				t.Fatal(e1, e2)
-			}
+			server, client := connect(t, s, u)
 			var wg sync.WaitGroup
 			started := make(chan struct{}, 2)
 			wg.Go(func() {
