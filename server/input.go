@@ -160,18 +160,17 @@ func (in *input) more(n int) error {
 	return nil
 }
 
-// linger waits on a hot socket for the rest of a request without sleeping, for lingerTime at most, and
-// gives the processor to whoever wants it meanwhile: often that is the client, which is
-// just sending the rest. To sleep and be woken takes longer. Where it was in vain it is
-// left out for a while.
+// linger waits on a hot socket for the rest of a request without sleeping, for
+// lingerTime at most, and gives the processor to whoever wants it meanwhile: often that
+// is the client, which is just sending the rest. To sleep and be woken takes longer.
+// Where it was in vain it is left out for a while.
 func (in *input) linger() {
 	if in.spared > 0 {
 		in.spared--
 		return
 	}
-	fds := [1]unix.PollFd{{Fd: int32(in.c.sock.fd), Events: unix.POLLIN}}
 	for began := time.Now(); time.Since(began) < lingerTime; {
-		if n, err := unix.Poll(fds[:], 0); n > 0 || err != nil {
+		if readable(uintptr(in.c.sock.fd)) {
 			in.vain = 0
 			return
 		}

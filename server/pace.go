@@ -38,11 +38,11 @@ type pace struct {
 	last   time.Time // when one did
 }
 
-// read takes in what n calls on the reader that moved so many bytes took together.
+// inline takes in what n calls on the reader that moved so many bytes took together.
 // cost follows the median: that a thread was not given a processor for a while, or
 // waited for one that held a plugin's lock meanwhile, makes a few calls very long,
 // and the mean with them, and workers would make it worse.
-func (p *pace) read(d time.Duration, n int, bytes uint64) {
+func (p *pace) inline(d time.Duration, n int, bytes uint64) {
 	cost := p.cost.Load()
 	if own(d, bytes)/int64(n) > cost {
 		cost += max(cost/2, 100)
@@ -55,9 +55,9 @@ func (p *pace) read(d time.Duration, n int, bytes uint64) {
 	}
 }
 
-// worked takes in what a call on a worker took. cost follows the mean: also where
+// delegated takes in what a call on a worker took. cost follows the mean: also where
 // only some of the calls wait for a device the others need not wait for them.
-func (p *pace) worked(d time.Duration, bytes uint64) {
+func (p *pace) delegated(d time.Duration, bytes uint64) {
 	cost := p.cost.Load()
 	cost += (min(own(d, bytes), int64(longCall)) - cost) / 8
 	p.cost.Store(cost)

@@ -12,9 +12,9 @@ func TestPace(t *testing.T) {
 	feed := func(p *pace, n int, each func(i int) time.Duration) {
 		for i := range n {
 			if p.slow.Load() {
-				p.worked(each(i), 4096)
+				p.delegated(each(i), 4096)
 			} else {
-				p.read(8*each(i), 8, 8*4096)
+				p.inline(8*each(i), 8, 8*4096)
 			}
 		}
 	}
@@ -50,7 +50,7 @@ func TestPace(t *testing.T) {
 		t.Error("fast calls again: slow")
 	}
 	// A mebibyte takes its time without being slow.
-	p.read(300*time.Microsecond, 1, 1<<20)
+	p.inline(300*time.Microsecond, 1, 1<<20)
 	if p.slow.Load() || p.cost.Load() > int64(slowCall) {
 		t.Errorf("long calls: got a cost of %d ns", p.cost.Load())
 	}

@@ -3,8 +3,6 @@ package server
 import (
 	"errors"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // parkAfter is how long a connection has nothing to say before it is parked: it keeps a
@@ -19,35 +17,34 @@ var errIdle = errors.New("nothing came")
 // rest makes the reader's wait end after a while, unless that has been asked for
 // already. The deadline stays while requests come, so it is set once in a while only.
 func (c *conn) rest() {
-	s := &c.sock
-	if s.resting {
-		return
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if !c.s.quitting() { // else the deadline is the one of wake, now or soon
-		s.resting = true
-		_ = s.nc.SetReadDeadline(time.Now().Add(c.s.opts.parkAfter))
+	if !c.sock.resting {
+		c.endWaits(time.Now().Add(c.s.opts.parkAfter))
+		c.sock.resting = !c.s.quitting()
 	}
 }
 
-// rested tells whether it was rest that ended a wait, and undoes it.
+// rested tells whether it was rest that ended a wait, and undoes it. While the server
+// stops it was, unless the time for last words is over.
 func (c *conn) rested() bool {
-	s := &c.sock
-	if !s.resting {
+	if !c.sock.resting {
 		return false
 	}
-	s.resting = false
-	if c.s.quitting() {
-		s.wake(lastWords) // what it set may just have been undone
-		return true
+	c.sock.resting = false
+	if c.s.quitting() && !time.Now().Before(c.s.stop) {
+		return false
 	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if !c.s.quitting() {
-		_ = s.nc.SetReadDeadline(time.Time{})
-	}
+	c.endWaits(time.Time{})
 	return true
+}
+
+// endWaits sets the deadline of a cold socket's reads, but not against a shutdown.
+func (c *conn) endWaits(t time.Time) {
+	c.sock.mu.Lock()
+	_ = c.sock.nc.SetReadDeadline(t)
+	c.sock.mu.Unlock()
+	if c.s.quitting() {
+		c.sock.wake(time.Until(c.s.stop)) // what Shutdown set may just have been undone
+	}
 }
 
 // parks tells whether the connection, on which nothing came, is to be parked: nothing
@@ -66,15 +63,4 @@ func (c *conn) park(number int) {
 		_ = c.sock.raw.Read(readable) // whatever ends the wait, the reader will see it too
 		c.start(newReader(c, number))
 	}()
-}
-
-// readable tells whether a receive from the socket would not have to wait.
-func readable(fd uintptr) bool {
-	fds := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
-	for {
-		n, err := unix.Poll(fds[:], 0)
-		if err != unix.EINTR {
-			return n != 0 || err != nil
-		}
-	}
 }

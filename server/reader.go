@@ -360,6 +360,6 @@ func (r *reader) sample() {
 	if r.calls == 0 {
 		return
 	}
-	r.c.pace.read(time.Since(r.began), r.calls, r.bytes)
+	r.c.pace.inline(time.Since(r.began), r.calls, r.bytes)
 	r.calls, r.bytes = 0, 0
 }

@@ -98,6 +98,7 @@ type Server struct {
 	failures    [reasons]atomic.Uint64 // of handshakes
 
 	quit     chan struct{} // closed by Shutdown
+	stop     time.Time     // when an idle client is cut off, once quit is closed
 	shutdown sync.Once
 
 	mu     sync.Mutex // guards what follows
@@ -273,6 +274,7 @@ func (s *Server) quitting() bool {
 // than once.
 func (s *Server) Shutdown() {
 	s.shutdown.Do(func() {
+		s.stop = time.Now().Add(lastWords)
 		close(s.quit)
 		// Not here: this may be a thread of a module's, in a callback.
 		go s.drain()

@@ -182,6 +182,17 @@ func (d descriptor) try(f func(fd uintptr) bool, events int16) error {
 	return nil
 }
 
+// readable tells whether a receive from the socket would not have to wait.
+func readable(fd uintptr) bool {
+	fds := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	for {
+		n, err := unix.Poll(fds[:], 0)
+		if err != unix.EINTR {
+			return n != 0 || err != nil
+		}
+	}
+}
+
 // shutdown wakes the reader, a writer, and a module that sleeps
 // (nbdkit_nanosleep). It may be called on any thread.
 func (s *socket) shutdown() {

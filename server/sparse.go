@@ -69,9 +69,14 @@ func (p *sparsePolicy) init(mode SparseReads, possible bool) {
 	p.look.Store(firstProbe)
 }
 
-// wants tells whether to ask for the extents before this read.
+// concerns tells whether holes are anything to the request.
+func (p *sparsePolicy) concerns(r *protocol.Request) bool {
+	return p.mode != SparseNever && r.Type == protocol.CmdRead && r.Length >= sparseSize && r.Flags&protocol.CmdFlagDF == 0
+}
+
+// wants tells whether to ask for the extents before this request.
 func (p *sparsePolicy) wants(r *protocol.Request) bool {
-	if p.mode == SparseNever || r.Type != protocol.CmdRead || r.Length < sparseSize || r.Flags&protocol.CmdFlagDF != 0 {
+	if !p.concerns(r) {
 		return false
 	}
 	if p.mode == SparseAlways {
@@ -81,10 +86,10 @@ func (p *sparsePolicy) wants(r *protocol.Request) bool {
 	return p.pays(r.Length)
 }
 
-// probes tells whether to ask for the extents of a read that brought data, and for
-// which wants said no.
-func (p *sparsePolicy) probes(data []byte) bool {
-	if p.mode != SparseAuto || len(data) < sparseSize {
+// probes tells whether to ask for the extents of a read for which wants said no, and
+// that brought data.
+func (p *sparsePolicy) probes(r *protocol.Request, data []byte) bool {
+	if !p.concerns(r) {
 		return false
 	}
 	n := p.reads.Load()

@@ -157,7 +157,7 @@ func TestSparsePolicy(t *testing.T) {
 	data[len(data)-1] = 1
 	asks := func(p *sparsePolicy, reads int, brings []byte, cost time.Duration, zeroes uint64) (at []int) {
 		for i := range reads {
-			if p.wants(read) || p.probes(brings) {
+			if p.wants(read) || p.probes(read, brings) {
 				at = append(at, i+1)
 				p.learn(cost, zeroes, read.Length)
 			}
@@ -191,6 +191,13 @@ func TestSparsePolicy(t *testing.T) {
 	if got := asks(&p, 1000, hole, 10*time.Millisecond, 1<<20); len(got) != 5 {
 		t.Errorf("dear extents: asked at %v", got)
 	}
+	p = sparsePolicy{}
+	p.init(SparseAuto, true)
+	read.Flags = protocol.CmdFlagDF
+	if got := asks(&p, 1000, hole, 0, 1<<20); got != nil {
+		t.Errorf("not to be fragmented: asked at %v", got)
+	}
+	read.Flags = 0
 	p = sparsePolicy{}
 	p.init(SparseNever, true)
 	if got := asks(&p, 1000, hole, 0, 1<<20); got != nil {

@@ -112,7 +112,7 @@ func (t *task) run(payload []byte) {
 		if !t.sparse || !t.readSparse() {
 			from := t.at + t.c.replyHead()
 			data := t.out.buf.B[from : from+int(req.Length)]
-			if t.err = s.Pread(&t.call, data, req.Offset); t.err == nil && t.c.sparse.probes(data) {
+			if t.err = s.Pread(&t.call, data, req.Offset); t.err == nil && !t.sparse && t.c.sparse.probes(req, data) {
 				t.holes()
 			}
 		}

@@ -107,7 +107,7 @@ func (t *task) do(j job) {
 			t.run(nil)
 		}
 		c.lane.Unlock()
-		c.pace.worked(time.Since(began), j.req.Length)
+		c.pace.delegated(time.Since(began), j.req.Length)
 	}
 	t.worked()
 	j.payload.Release()
