@@ -3,8 +3,10 @@ package client
 import (
 	"net"
 	"os"
+	"runtime"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -20,9 +22,17 @@ type link struct {
 	// since below nc there is a socket.
 	buffered bool
 
+	yielded time.Time // on a socket that blocks, when Go's scheduler ran last
+
 	mu     sync.Mutex // guards closed
 	closed bool
 }
+
+// yieldEvery is how often a thread that awaits replies in the kernel lets Go's scheduler
+// run. It blocks in system calls only, and never meets the scheduler by itself.
+// After 10 ms of that the runtime's monitor takes such a goroutine for a problem: it
+// interrupts it, and looks after all of them every 20 µs for a while, again and again.
+const yieldEvery = 2 * time.Millisecond
 
 // newLink takes a connection over after the handshake. socket is what the handshake
 // began on, and nc that or what TLS made of it.
@@ -94,6 +104,10 @@ func (l *link) free() {
 func (l *link) read(try func(fd uintptr) bool, look bool) error {
 	if l.raw != nil {
 		return l.raw.Read(try)
+	}
+	if now := time.Now(); now.Sub(l.yielded) > yieldEvery {
+		l.yielded = now
+		runtime.Gosched()
 	}
 	for {
 		if look {

@@ -36,6 +36,11 @@ type session struct {
 	// say it again. Guarded by reading.
 	ended bool
 	end   int32
+
+	// Of the Write under way. Guarded by writing.
+	unsent  []byte
+	failed  error
+	trySend func(fd uintptr) bool // send, for RawConn.Write
 }
 
 func (c *credentials) handshake(nc net.Conn) (Conn, error) {
@@ -57,6 +62,7 @@ func (c *credentials) handshake(nc net.Conn) (Conn, error) {
 // newSession makes a session that nobody but the caller knows.
 func (c *credentials) newSession(nc net.Conn, flags uint32) (*session, error) {
 	s := &session{g: c.g, creds: c}
+	s.trySend = s.send
 	g := c.g
 	if err := g.errorOf(g.init(&s.handle, flags|gnutlsNonblock|gnutlsNoSignal)); err != nil {
 		return nil, err
@@ -269,34 +275,36 @@ func (s *session) Read(p []byte) (n int, err error) {
 func (s *session) Write(p []byte) (written int, err error) {
 	s.writing.Lock()
 	defer s.writing.Unlock()
-	for written < len(p) {
-		piece := p[written:min(len(p), written+maxRecord)]
-		failed := s.raw.Write(func(uintptr) bool {
-			if s.handle == 0 {
-				err = net.ErrClosed
-				return true
-			}
-			for {
-				switch n := s.move(s.g.record_send, piece); {
-				case n >= 0:
-					written += int(n)
-					return true
-				case n == gnutlsAgain: // the next try has to be with the same piece
-					return false
-				case n != gnutlsInterrupted && n != gnutlsWarningAlert:
-					err = fmt.Errorf("send with TLS: %w", s.failure(n))
-					return true
-				}
-			}
-		})
-		if err == nil {
-			err = failed
+	s.unsent, s.failed = p, nil
+	err = s.raw.Write(s.trySend)
+	if s.failed != nil {
+		err = s.failed
+	}
+	written = len(p) - len(s.unsent)
+	s.unsent = nil
+	return written, err
+}
+
+// send sends what is unsent, record by record, and returns false where it would have
+// to wait for the peer. The next try has to be with the same record then.
+func (s *session) send(uintptr) bool {
+	for len(s.unsent) > 0 {
+		if s.handle == 0 {
+			s.failed = net.ErrClosed
+			return true
 		}
-		if err != nil {
-			return written, err
+		n := s.move(s.g.record_send, s.unsent[:min(len(s.unsent), maxRecord)])
+		switch {
+		case n >= 0:
+			s.unsent = s.unsent[n:]
+		case n == gnutlsAgain:
+			return false
+		case n != gnutlsInterrupted && n != gnutlsWarningAlert:
+			s.failed = fmt.Errorf("send with TLS: %w", s.failure(n))
+			return true
 		}
 	}
-	return written, nil
+	return true
 }
 
 func (s *session) Close() error {

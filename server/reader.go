@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"math"
 	"os"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -34,7 +35,14 @@ type reader struct {
 	bytes uint64
 
 	tempered time.Time // when in.receives was looked at
+	yielded  time.Time // when Go's scheduler ran last
 }
+
+// yieldEvery is how often the reader of a hot socket lets Go's scheduler run. It blocks
+// in system calls and in C only, and never meets the scheduler by itself. After 10 ms of
+// that the runtime's monitor takes such a goroutine for a problem: it interrupts it, takes
+// its processor away, and looks after all of them every 20 µs for a while, again and again.
+const yieldEvery = 2 * time.Millisecond
 
 const (
 	quiet = 0
@@ -138,6 +146,7 @@ func (r *reader) wait(n int) error {
 			continue
 		}
 		r.arrived = time.Now()
+		r.yield(r.arrived)
 		r.batches()
 		if err == nil || !errors.Is(err, os.ErrDeadlineExceeded) {
 			return err
@@ -334,8 +343,8 @@ func (r *reader) inline(payload []byte) (over bool, err error) {
 	}
 	r.calls++
 	r.bytes += r.req.Length
-	if r.calls&7 == 0 {
-		r.sample()
+	if r.calls == sampleCalls || r.bytes >= sampleBytes {
+		r.yield(r.sample())
 	}
 	return false, r.finish()
 }
@@ -355,11 +364,26 @@ func (r *reader) finishTaken() error {
 	return nil
 }
 
-// sample takes the time of the calls since the last sample.
-func (r *reader) sample() {
-	if r.calls == 0 {
-		return
+// A sample is of so many calls, or of fewer that moved so many bytes.
+const (
+	sampleCalls = 8
+	sampleBytes = 256 << 10
+)
+
+// sample takes the time of the calls since the last sample, and returns what time it is.
+func (r *reader) sample() time.Time {
+	now := time.Now()
+	if r.calls > 0 {
+		r.c.pace.inline(now.Sub(r.began), r.calls, r.bytes)
+		r.calls, r.bytes = 0, 0
 	}
-	r.c.pace.inline(time.Since(r.began), r.calls, r.bytes)
-	r.calls, r.bytes = 0, 0
+	return now
+}
+
+// yield lets Go's scheduler run, unless it has not long ago.
+func (r *reader) yield(now time.Time) {
+	if now.Sub(r.yielded) > yieldEvery {
+		r.yielded = now
+		runtime.Gosched()
+	}
 }
