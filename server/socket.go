@@ -246,13 +246,15 @@ const (
 	quickGap    = 8 * time.Millisecond
 )
 
-// maxHot is how many sockets may be hot at a time: the reader of each keeps a
-// thread, and with more of them than processors the poller does better.
+// maxHot is how many sockets may be hot at a time, and more active ones than that make all
+// of them cold: the reader of each keeps a thread, and one of GOMAXPROCS; with very many of
+// them the poller, which finds several at once, does better.
 func maxHot() int32 {
-	if runtime.GOMAXPROCS(0) < 4 {
+	procs := runtime.GOMAXPROCS(0)
+	if procs < 4 {
 		return 0
 	}
-	return max(1, int32(runtime.NumCPU()/2))
+	return int32(min(procs/2, 4*runtime.NumCPU()))
 }
 
 // temper makes the connection hot where requests follow each other at once, and

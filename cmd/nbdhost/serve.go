@@ -29,7 +29,7 @@ import (
 // RATIONALE.md.
 const (
 	minProcs = 16
-	maxProcs = 32
+	maxProcs = 64
 )
 
 // setProcs sees to that, unless the environment says how many there are to be.
