@@ -50,8 +50,11 @@ func (p *pace) inline(d time.Duration, n int, bytes uint64) {
 		cost -= cost / 3
 	}
 	p.cost.Store(cost)
-	if cost > int64(slowCall) {
+	switch {
+	case cost > int64(slowCall):
 		p.slacken()
+	case cost < int64(fastCall):
+		p.slow.Store(false)
 	}
 }
 

@@ -1,8 +1,11 @@
 package server
 
 import (
+	"log/slog"
 	"testing"
 	"time"
+
+	"nbdhost/backend"
 )
 
 // Who makes the calls follows what most calls take where the reader makes them, and
@@ -69,5 +72,55 @@ func TestPace(t *testing.T) {
 	}
 	if !p.slow.Load() {
 		t.Error("often lost: not slow")
+	}
+}
+
+// A client that waits for each reply is served by the reader, also where calls are slow;
+// one that asks for more at a time is not, nor one whose calls take very long.
+func TestAlone(t *testing.T) {
+	c := &conn{slots: make(chan struct{}, 4), s: &Server{opts: Options{Threads: 4, Chain: &backend.Chain{}}},
+		lane: backend.NewGate(backend.Parallel).Connect(nil), log: slog.New(slog.DiscardHandler)}
+	c.pace.slow.Store(true)
+	c.pace.cost.Store(int64(slowCall))
+	r := newReader(c, 0)
+	buf, err := backend.GetBuffer(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer buf.Release()
+	r.in.buf = buf
+	request := func(beside int) bool { // with so many bytes of the next in hand
+		r.in.start, r.in.end = 0, 512+beside
+		return r.delegates(512)
+	}
+	learn := func() {
+		t.Helper()
+		for i := range loneRequests - 1 {
+			if !request(0) {
+				t.Fatalf("request %d: not handed over, want it to be before that much is known", i)
+			}
+		}
+		if request(0) {
+			t.Fatal("lone requests: handed over")
+		}
+	}
+	learn()
+	if !request(28) {
+		t.Error("one more in hand: not handed over")
+	}
+	learn()
+	c.slots <- struct{}{}
+	if !request(0) {
+		t.Error("a call under way: not handed over")
+	}
+	<-c.slots
+	learn()
+	c.pace.cost.Store(int64(longCall))
+	if !request(0) {
+		t.Error("long calls: not handed over")
+	}
+	c.pace.slow.Store(false)
+	if request(28) {
+		t.Error("fast calls: handed over")
 	}
 }

@@ -34,6 +34,8 @@ type reader struct {
 	calls int
 	bytes uint64
 
+	lone int // requests in a row that came when nothing else was to be done; see alone
+
 	tempered time.Time // when in.receives was looked at
 	yielded  time.Time // when Go's scheduler ran last
 }
@@ -214,7 +216,7 @@ func (r *reader) request() (over bool, err error) {
 		}
 		payload = 0
 	}
-	delegates := r.c.delegates()
+	delegates := r.delegates(int(payload))
 	if err := r.limit(delegates); err != nil {
 		return false, err
 	}
@@ -340,6 +342,9 @@ func (r *reader) inline(payload []byte) (over bool, err error) {
 	r.worked()
 	if !r.state.CompareAndSwap(state, state&^mask) {
 		return true, r.finishTaken()
+	}
+	if r.lone > 0 && (!r.c.pace.slow.Load() || readable(uintptr(r.c.sock.descriptor()))) {
+		r.lone = 0 // that it was alone does not matter any more, or the next one came before the reply
 	}
 	r.calls++
 	r.bytes += r.req.Length

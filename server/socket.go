@@ -276,7 +276,7 @@ func (r *reader) temper() {
 	now := time.Now()
 	quick := now.Sub(r.tempered) < receives*c.s.opts.hotGap
 	r.tempered = now
-	if !quick || crowded || c.pace.slow.Load() || len(c.slots) > 0 {
+	if !quick || crowded || c.pace.slow.Load() && r.lone < loneRequests || len(c.slots) > 0 {
 		return
 	}
 	if c.s.hot.Add(1) > c.s.opts.maxHot || !c.sender.pause(c.heat) || !c.sock.hot() {

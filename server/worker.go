@@ -17,11 +17,29 @@ type job struct {
 	payload *backend.Buffer // of a write; the worker's
 }
 
-// delegates tells whether the next call goes to a worker: where calls take long,
-// and where as many are under way as there may be, so that the reader must wait
-// for one of them.
-func (c *conn) delegates() bool {
-	return c.pace.slow.Load() && c.s.opts.Threads > 1 && c.lane.Parallel() || len(c.slots) == cap(c.slots)
+// delegates tells whether the next call goes to a worker: where calls take long, unless
+// a worker could do nothing that the reader cannot, and where as many are under way as
+// there may be, so that the reader must wait for one of them. payload is what the request
+// brings, in bytes.
+func (r *reader) delegates(payload int) bool {
+	c := r.c
+	return c.pace.slow.Load() && c.s.opts.Threads > 1 && c.lane.Parallel() && !r.alone(payload) ||
+		len(c.slots) == cap(c.slots)
+}
+
+// loneRequests is how many requests tell that a client asks for one thing at a time.
+const loneRequests = 4
+
+// alone tells whether the client waits for each reply before it asks again. To hand its
+// calls over only costs time, unless they take so long that one more request had better
+// not wait for the watcher.
+func (r *reader) alone(payload int) bool {
+	if len(r.c.slots) > 0 || len(r.in.unread()) > payload {
+		r.lone = 0
+		return false
+	}
+	r.lone = min(r.lone+1, loneRequests)
+	return r.lone == loneRequests && r.c.pace.cost.Load() < int64(longCall-slowCall/4)
 }
 
 // delegate hands r.req to a worker, when there is one free.

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -107,11 +108,17 @@ func TestSystemCalls(t *testing.T) {
 // how many there are depends on who is faster.
 func socketCalls(t *testing.T, j *job, rounds int) (receives, sends int) {
 	t.Helper()
+	return countCalls(traced(t, j, rounds, "-y -s 0 -e trace=read,readv,recvfrom,recvmsg,write,writev,sendto,sendmsg"))
+}
+
+// traced does a job under strace with the given options, and returns what strace wrote of
+// the server.
+func traced(t *testing.T, j *job, rounds int, options string) []byte {
+	t.Helper()
 	dir := tempDir(t)
 	// -DD: the server keeps its process ID, and its process group to itself.
 	script := filepath.Join(dir, "traced")
-	writeFile(t, script, "#!/bin/sh\nexec strace -DD -f -qq -y -s 0 -o "+dir+"/calls"+
-		" -e trace=read,readv,recvfrom,recvmsg,write,writev,sendto,sendmsg '"+nbdhost+"' \"$@\"\n", 0o755)
+	writeFile(t, script, "#!/bin/sh\nexec strace -DD -f -qq "+options+" -o "+dir+"/calls '"+nbdhost+"' \"$@\"\n", 0o755)
 	// strace holds the FIFO open until all is written.
 	if err := syscall.Mkfifo(filepath.Join(dir, "calls"), 0o600); err != nil {
 		t.Fatal(err)
@@ -135,7 +142,38 @@ func socketCalls(t *testing.T, j *job, rounds int) (receives, sends int) {
 	if l.err != nil {
 		t.Fatal(l.err)
 	}
-	return countCalls(l.text)
+	return l.text
+}
+
+// TestMonitorSleeps shows that the runtime's monitor finds nothing to do while one client
+// has requests carried out without a pause: it sleeps for 10 ms then, and for 20 us at a
+// time where it has just taken a processor from the reader. See RATIONALE.md, "Why does a
+// busy reader call runtime.Gosched?".
+func TestMonitorSleeps(t *testing.T) {
+	onlyNbdhost(t)
+	if out, err := exec.Command("strace", "-D", "-qq", "-f", "--seccomp-bpf", "-o", os.DevNull, "true").CombinedOutput(); err != nil {
+		t.Skipf("strace: %v: %s", err, out)
+	}
+	nap := regexp.MustCompile(`nanosleep\(\{tv_sec=0, tv_nsec=(\d+)\}`)
+	const tries = 3 // others may keep the client from asking, and so the reader from finding something
+	for try := 1; ; try++ {
+		naps := nap.FindAllSubmatch(traced(t, &jobs[3], 50_000, "--seccomp-bpf -e trace=nanosleep"), -1)
+		short, long := 0, 0
+		for _, m := range naps[len(naps)/2:] { // the server starts in the first half
+			if ns, _ := strconv.Atoi(string(m[1])); ns < 5_000_000 {
+				short++
+			} else {
+				long++
+			}
+		}
+		t.Logf("%d short sleeps and %d long ones", short, long)
+		switch {
+		case long > short:
+			return
+		case try == tries:
+			t.Fatal("got more short sleeps than long ones, want fewer")
+		}
+	}
 }
 
 // 1234 write(7<UNIX-STREAM:[5->6]>, ""..., 528) = 528, in one line or in two.
