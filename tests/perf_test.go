@@ -108,12 +108,12 @@ func TestSystemCalls(t *testing.T) {
 // how many there are depends on who is faster.
 func socketCalls(t *testing.T, j *job, rounds int) (receives, sends int) {
 	t.Helper()
-	return countCalls(traced(t, j, rounds, "-y -s 0 -e trace=read,readv,recvfrom,recvmsg,write,writev,sendto,sendmsg"))
+	return countCalls(straced(t, j, rounds, "-y -s 0 -e trace=read,readv,recvfrom,recvmsg,write,writev,sendto,sendmsg"))
 }
 
-// traced does a job under strace with the given options, and returns what strace wrote of
+// straced does a job under strace with the given options, and returns what strace wrote of
 // the server.
-func traced(t *testing.T, j *job, rounds int, options string) []byte {
+func straced(t *testing.T, j *job, rounds int, options string) []byte {
 	t.Helper()
 	dir := tempDir(t)
 	// -DD: the server keeps its process ID, and its process group to itself.
@@ -157,7 +157,7 @@ func TestMonitorSleeps(t *testing.T) {
 	nap := regexp.MustCompile(`nanosleep\(\{tv_sec=0, tv_nsec=(\d+)\}`)
 	const tries = 3 // others may keep the client from asking, and so the reader from finding something
 	for try := 1; ; try++ {
-		naps := nap.FindAllSubmatch(traced(t, &jobs[3], 50_000, "--seccomp-bpf -e trace=nanosleep"), -1)
+		naps := nap.FindAllSubmatch(straced(t, &jobs[3], 50_000, "--seccomp-bpf -e trace=nanosleep"), -1)
 		short, long := 0, 0
 		for _, m := range naps[len(naps)/2:] { // the server starts in the first half
 			if ns, _ := strconv.Atoi(string(m[1])); ns < 5_000_000 {
