@@ -344,7 +344,7 @@ func (r *reader) inline(payload []byte) (over bool, err error) {
 		return true, r.finishTaken()
 	}
 	if r.lone > 0 && (!r.c.pace.slow.Load() || readable(uintptr(r.c.sock.descriptor()))) {
-		r.lone = 0 // that it was alone does not matter any more, or the next one came before the reply
+		r.lone = 0 // it does not matter any more, or the next request came before the reply
 	}
 	r.calls++
 	r.bytes += r.req.Length
@@ -385,9 +385,10 @@ func (r *reader) sample() time.Time {
 	return now
 }
 
-// yield lets Go's scheduler run, unless it has not long ago.
+// yield lets Go's scheduler run, unless it has not long ago. On a cold socket it does each
+// time that the reader waits.
 func (r *reader) yield(now time.Time) {
-	if now.Sub(r.yielded) > yieldEvery {
+	if now.Sub(r.yielded) > yieldEvery && r.c.sock.hot() {
 		r.yielded = now
 		runtime.Gosched()
 	}

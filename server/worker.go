@@ -27,8 +27,13 @@ func (r *reader) delegates(payload int) bool {
 		len(c.slots) == cap(c.slots)
 }
 
-// loneRequests is how many requests tell that a client asks for one thing at a time.
-const loneRequests = 4
+const (
+	// loneRequests is how many requests tell that a client asks for one thing at a time.
+	loneRequests = 4
+	// loneCall is what a call of such a client costs at least that goes to a worker all
+	// the same.
+	loneCall = longCall * 9 / 10
+)
 
 // alone tells whether the client waits for each reply before it asks again. To hand its
 // calls over only costs time, unless they take so long that one more request had better
@@ -39,7 +44,7 @@ func (r *reader) alone(payload int) bool {
 		return false
 	}
 	r.lone = min(r.lone+1, loneRequests)
-	return r.lone == loneRequests && r.c.pace.cost.Load() < int64(longCall-slowCall/4)
+	return r.lone == loneRequests && r.c.pace.cost.Load() < int64(loneCall)
 }
 
 // delegate hands r.req to a worker, when there is one free.

@@ -330,6 +330,7 @@ func (r *speaker) damage(messages conversation) {
 			}
 			if len(m) >= protocol.RequestSize && binary.BigEndian.Uint32(m) == 0x25609513 {
 				m[24] &= 1
+				m[5] &^= byte(protocol.CmdFlagFastZero)
 				m[7] &= 7 // a command that is known
 				copy(m[8:16], messages[i][8:16])
 				var q protocol.Request
