@@ -85,18 +85,21 @@ func TestSystemCalls(t *testing.T) {
 	const chance = 5 // of a handshake or a first batch that comes in pieces
 	for _, j := range jobs {
 		t.Run(j.name, func(t *testing.T) {
-			idleIn, idleOut := socketCalls(t, &j, 1)
-			in, out := socketCalls(t, &j, 1+rounds)
-			in, out = in-idleIn, out-idleOut
-			t.Logf("%d rounds of %d: %d receives, %d sends", rounds, j.batch, in, out)
-			for _, x := range []struct {
-				what     string
-				got, max int
-			}{{"receives", in, rounds * j.receives}, {"sends", out, rounds * j.sends}} {
+			const tries = 3 // a call that is not given a processor for long loses the connection, and costs sends
+			for try := 1; ; try++ {
+				idleIn, idleOut := socketCalls(t, &j, 1)
+				in, out := socketCalls(t, &j, 1+rounds)
+				in, out = in-idleIn, out-idleOut
+				t.Logf("%d rounds of %d: %d receives, %d sends", rounds, j.batch, in, out)
 				// Half of the rounds shows that calls are counted; the run that is
 				// subtracted may have had its only batch in pieces.
-				if x.got < rounds/2 || x.got > x.max+chance {
-					t.Errorf("got %d %s in %d rounds of %d requests, want at most %d", x.got, x.what, rounds, j.batch, x.max)
+				within := func(got, most int) bool { return got >= rounds/2 && got <= rounds*most+chance }
+				if within(in, j.receives) && within(out, j.sends) {
+					return
+				}
+				if try == tries {
+					t.Fatalf("got %d receives and %d sends in %d rounds of %d requests, want at most %d and %d",
+						in, out, rounds, j.batch, rounds*j.receives, rounds*j.sends)
 				}
 			}
 		})
