@@ -29,9 +29,8 @@ type link struct {
 }
 
 // yieldEvery is how often a thread that awaits replies in the kernel lets Go's scheduler
-// run. It blocks in system calls only, and never meets the scheduler by itself.
-// After 10 ms of that the runtime's monitor takes such a goroutine for a problem: it
-// interrupts it, and looks after all of them every 20 µs for a while, again and again.
+// run, which it never meets by itself: see RATIONALE.md, "Why does a busy reader call
+// runtime.Gosched?".
 const yieldEvery = 2 * time.Millisecond
 
 // newLink takes a connection over after the handshake. socket is what the handshake

@@ -375,10 +375,11 @@ const (
 	sampleBytes = 256 << 10
 )
 
-// sample takes the time of the calls since the last sample, and returns what time it is.
-func (r *reader) sample() time.Time {
-	now := time.Now()
+// sample takes the time of the calls since the last sample, if there were any, and returns
+// what time it is then.
+func (r *reader) sample() (now time.Time) {
 	if r.calls > 0 {
+		now = time.Now()
 		r.c.pace.inline(now.Sub(r.began), r.calls, r.bytes)
 		r.calls, r.bytes = 0, 0
 	}

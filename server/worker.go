@@ -35,9 +35,9 @@ const (
 	loneCall = longCall * 9 / 10
 )
 
-// alone tells whether the client waits for each reply before it asks again. To hand its
-// calls over only costs time, unless they take so long that one more request had better
-// not wait for the watcher.
+// alone takes in that a request came, and tells whether the client waits for each reply
+// before it asks again. To hand its calls over only costs time, unless they take so long
+// that one more request had better not wait for the watcher.
 func (r *reader) alone(payload int) bool {
 	if len(r.c.slots) > 0 || len(r.in.unread()) > payload {
 		r.lone = 0
