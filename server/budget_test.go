@@ -146,12 +146,14 @@ func TestBytesPerConnection(t *testing.T) {
 	var hold atomic.Int64
 	h.before = func(call *backend.Call, cb backend.Callback, off uint64) error {
 		if cb == backend.Pread && off == 0 {
-			// Until calls go to workers: who makes this one must not be who
-			// writes its reply, which nobody reads.
+			// Calls go to workers from now on, and the reader's is held until it
+			// has lost the connection: who receives must not be who writes
+			// replies, which nobody reads.
 			h.server.mu.Lock()
 			c := h.server.conns[call.Conn.ID]
 			h.server.mu.Unlock()
-			for !c.pace.slow.Load() {
+			c.pace.slacken()
+			for len(c.slots) == 0 {
 				time.Sleep(time.Millisecond)
 			}
 			n := backend.Buffers().InUseBytes

@@ -374,17 +374,12 @@ func TestManyConnections(t *testing.T) {
 		t.Fatal(err)
 	}
 	n = min(n, int(limit.Cur-200)/2)
-	_, _, path := serve(t, newHooked(), Options{})
+	s, _, path := serve(t, newHooked(), Options{})
 	conns := make([]net.Conn, n)
 	for i := range conns {
 		conns[i] = raw(t, path)
 	}
-	for range 1 << 30 {
-		if backend.BuffersInUse() == 0 {
-			break
-		}
-		runtime.Gosched()
-	}
+	holdsNothing(t, s)
 	r := request(protocol.Request{Type: protocol.CmdRead, Cookie: 1, Length: 512})
 	for _, nc := range conns {
 		nc.Write(r)

@@ -9,7 +9,6 @@ import (
 	"math/rand/v2"
 	"net"
 	"path/filepath"
-	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -715,26 +714,20 @@ func TestNoAllocation(t *testing.T) {
 
 // An idle connection holds no buffer.
 func TestIdleHoldsNothing(t *testing.T) {
-	_, uri, _ := serve(t, newHooked(), Options{})
+	s, uri, _ := serve(t, newHooked(), Options{})
 	for range 10 {
 		c := dial(t, uri, nil)
 		if err := c.Pread(make([]byte, 1<<20), 0); err != nil {
 			t.Fatal(err)
 		}
 	}
-	holdsNothing(t)
+	holdsNothing(t, s)
 }
 
 // holdsNothing waits until no buffer is in use.
-func holdsNothing(t *testing.T) {
+func holdsNothing(t *testing.T, s *Server) {
 	t.Helper()
-	for range 1 << 30 {
-		if backend.BuffersInUse() == 0 {
-			return
-		}
-		runtime.Gosched()
-	}
-	t.Errorf("%d buffers in use", backend.BuffersInUse())
+	eventually(t, s, func(Stats) bool { return backend.BuffersInUse() == 0 })
 }
 
 // The watcher stops when there is nothing to watch.
@@ -744,15 +737,9 @@ func TestWatcherStops(t *testing.T) {
 	if err := c.Pread(make([]byte, 512), 0); err != nil {
 		t.Fatal(err)
 	}
-	w := &s.watcher
-	for range 1 << 30 {
-		w.mu.Lock()
-		running := w.running
-		w.mu.Unlock()
-		if !running {
-			return
-		}
-		runtime.Gosched()
-	}
-	t.Error("still running")
+	eventually(t, s, func(Stats) bool {
+		s.watcher.mu.Lock()
+		defer s.watcher.mu.Unlock()
+		return !s.watcher.running
+	})
 }

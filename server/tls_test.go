@@ -103,14 +103,14 @@ func TestTLS(t *testing.T) {
 
 // A connection that waits under TLS holds no buffer either.
 func TestIdleHoldsNothingTLS(t *testing.T) {
-	_, _, path := serve(t, newHooked(), Options{TLS: sealServer, TLSRequired: true})
+	s, _, path := serve(t, newHooked(), Options{TLS: sealServer, TLSRequired: true})
 	for range 5 {
 		c := dial(t, "nbds+unix:///?socket="+path, &client.Options{TLS: sealClient})
 		if err := c.Pread(make([]byte, 1<<20), 0); err != nil {
 			t.Fatal(err)
 		}
 	}
-	holdsNothing(t)
+	holdsNothing(t, s)
 }
 
 // stream is a client that has done the greeting and sends what it likes.
