@@ -6,6 +6,11 @@ GO     ?= go
 BIN     = bin/nbdhost
 FUZZTIME ?= 1m
 
+# A test that fails runs once more, alone, and both results are printed: see
+# RATIONALE.md.
+GOTESTSUM = $(GO) tool gotestsum --format pkgname --rerun-fails=1 --rerun-fails-run-root-test \
+    --rerun-fails-max-failures=6
+
 RUN_PACKAGES  = gcc libc6-dev nbdkit libnbd-bin
 TEST_PACKAGES = $(RUN_PACKAGES) binutils nbdkit-plugin-dev libnbd0 python3-libnbd qemu-utils qemu-system-x86 fio \
 	e2fsprogs dosfstools mtools genisoimage xorriso strace gnutls-bin openssl mmdebstrap \
@@ -76,18 +81,16 @@ run:
 	echo "Ctrl-C stops it." && \
 	$(BIN) --foreground --unix "$$dir/nbd.sock" memory 1G
 
-# A test that fails runs once more, alone, and both results are printed: see
-# RATIONALE.md. -race needs cgo; the packages without C are tested without it as well.
+# -race needs cgo; the packages without C are tested without it as well.
 # The leak checks of LeakSanitizer know nothing of Go's memory.
 test:
 	$(call install,$(TEST_PACKAGES))
 	@echo "nbdkit of other releases:" $$(tests/trees.sh trixie sid)
 	$(MAKE) --no-print-directory build
-	$(GO) tool gotestsum --format pkgname --rerun-fails=1 --rerun-fails-run-root-test \
-	    --rerun-fails-max-failures=6 --packages=./... -- -race -shuffle=on -timeout 40m
-	CGO_ENABLED=0 $(GO) test -shuffle=on ./protocol ./backend ./server ./client
-	GOMAXPROCS=1 $(GO) test -shuffle=on ./backend ./server
-	ASAN_OPTIONS=detect_leaks=0 $(GO) test -asan -shuffle=on ./abi ./cshim ./loader
+	$(GOTESTSUM) --packages=./... -- -race -shuffle=on -timeout 40m
+	CGO_ENABLED=0 $(GOTESTSUM) --packages="./protocol ./backend ./server ./client" -- -shuffle=on
+	GOMAXPROCS=1 $(GOTESTSUM) --packages="./backend ./server" -- -shuffle=on
+	ASAN_OPTIONS=detect_leaks=0 $(GOTESTSUM) --packages="./abi ./cshim ./loader" -- -asan -shuffle=on
 
 lint:
 	@test -z "$$(gofmt -l .)" || { gofmt -d .; exit 1; }
