@@ -112,18 +112,18 @@ type defaultExport struct {
 // asked once for a connection.
 func (l *Layer) DefaultExport(c *Call, readonly bool) (name string, ok bool) {
 	l.chain.traceCall(c, "%s: default_export readonly=%d tls=%d", l.Name(), digit(readonly), digit(c.Conn.TLS))
+	if !l.passes[DefaultExport] && !l.module.Has(DefaultExport) {
+		return "", true
+	}
 	c.Conn.mu.Lock()
 	known, ok := c.Conn.defaults[l]
 	c.Conn.mu.Unlock()
 	if ok && known.tls == c.Conn.TLS {
 		return known.name, true
 	}
-	switch {
-	case l.passes[DefaultExport]:
+	if l.passes[DefaultExport] {
 		name, ok = l.next.DefaultExport(c, readonly)
-	case !l.module.Has(DefaultExport):
-		name, ok = "", true
-	default:
+	} else {
 		name, ok = l.module.DefaultExport(c, readonly)
 	}
 	if len(name) > MaxString {

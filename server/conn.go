@@ -78,33 +78,34 @@ func newConn(s *Server, id uint64, nc net.Conn) *conn {
 // serve takes the connection from preconnect to the transmission phase, which other
 // goroutines may end, or to close where it does not come to that.
 func (c *conn) serve() {
-	if r := c.greet(); r != nil {
-		c.transmit(r)
+	var in input
+	in.init(c)
+	if c.greet(&in) {
+		c.transmit(&in)
 	} else {
+		in.release()
 		c.leave()
 	}
 }
 
-// greet makes the handshake. It returns nil where there is to be no more.
-func (c *conn) greet() *reader {
+// greet makes the handshake. It returns false where there is to be no more.
+func (c *conn) greet(in *input) bool {
 	if c.denied != "" {
-		c.turnAway()
-		return nil
+		c.turnAway(in)
+		return false
 	}
 	if c.lane = c.s.gate.Connect(c.s.quit); c.lane == nil {
-		return nil
+		return false
 	}
 	if err := c.preconnect(); err != nil {
 		c.s.failures[ReasonPreconnect].Add(1)
 		c.call.Debugf("preconnect refused the connection: %v", err)
-		return nil
+		return false
 	}
-	r := newReader(c, c.number())
-	if err := c.handshake(&r.in); err != nil {
-		r.in.release()
+	if err := c.handshake(in); err != nil {
 		c.failed(err)
 		c.call.Debugf("handshake: %v", err)
-		return nil
+		return false
 	}
 	if c.s.serial() {
 		c.call.Debugf("handshake complete, processing requests serially")
@@ -113,10 +114,9 @@ func (c *conn) greet() *reader {
 	}
 	c.log = c.log.With("export", c.session.Export())
 	c.call.Log = c.log
-	r.setLog()
 	c.began = time.Now()
 	c.log.Info("client connected", "tls", c.secure != nil)
-	return r
+	return true
 }
 
 // done ends a goroutine's part in the transmission phase, and with the last one the

@@ -349,15 +349,12 @@ func (s *Server) complain(c *conn, address string) {
 }
 
 // turnAway lets a client ask for something and tells it why it is refused.
-func (c *conn) turnAway() {
+func (c *conn) turnAway(in *input) {
 	if c.s.opts.Oldstyle { // which has no words for it
 		return
 	}
 	_ = c.sock.nc.SetDeadline(time.Now().Add(refusedTime)) // fails only on a closed connection
-	var in input
-	in.init(c)
-	defer in.release()
-	if err := (&negotiation{c: c, in: &in}).negotiate(); err != nil {
+	if err := (&negotiation{c: c, in: in}).negotiate(); err != nil {
 		c.call.Debugf("handshake: %v", err)
 	}
 }

@@ -7,8 +7,9 @@ import (
 
 // parkAfter is how long a connection has nothing to say before it is parked: it keeps a
 // goroutine that has made no call, and so has the smallest stack, and no reader. That is
-// a third less memory; it costs some microseconds when the next request comes. TLS
-// keeps much more than that anyway, and is not parked.
+// a third less memory; it costs some microseconds when the next request comes. One that
+// says nothing after its handshake is parked at once. TLS keeps much more than that
+// anyway, and is not parked.
 const parkAfter = 250 * time.Millisecond
 
 // errIdle is the end of a wait in which nothing came for parkAfter.

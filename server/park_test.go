@@ -1,6 +1,7 @@
 package server
 
 import (
+	"io"
 	"net"
 	"slices"
 	"sync/atomic"
@@ -60,6 +61,32 @@ func TestPark(t *testing.T) {
 		time.Sleep(time.Millisecond) // longer than a deadline, as often as there is one
 	}
 	if r := readReply(t, nc, 0); r.Errno != 0 || r.Cookie != 7 {
+		t.Errorf("got %+v", r)
+	}
+}
+
+// A connection whose client says nothing after the handshake is parked at once, and one
+// whose client has asked already is not.
+func TestParkAtOnce(t *testing.T) {
+	s, _, path := serve(t, newHooked(), Options{parkAfter: time.Hour})
+	nc := raw(t, path)
+	s.mu.Lock()
+	c := s.conns[1]
+	s.mu.Unlock()
+	await(t, "the transmission phase has begun", func() bool { return c.calling.Load() == 1 })
+	if c.reader.Load() != nil {
+		t.Error("there is a reader")
+	}
+	ask(t, nc, 1)
+	if c.reader.Load() == nil {
+		t.Error("there is no reader")
+	}
+	nc = connect(t, path)
+	nc.Write(append(hello(option(protocol.OptExportName, nil)), request(protocol.Request{Type: protocol.CmdRead, Cookie: 3, Length: 512})...))
+	if _, err := io.CopyN(io.Discard, nc, protocol.GreetingSize+10); err != nil {
+		t.Fatal(err)
+	}
+	if r := readReply(t, nc, 512); r.Errno != 0 || r.Cookie != 3 {
 		t.Errorf("got %+v", r)
 	}
 }

@@ -67,16 +67,23 @@ func newReader(c *conn, number int) *reader {
 	return r
 }
 
-// transmit is the transmission phase. It returns when r has not the connection any more.
-// The phase is over when all calls have returned and all replies are sent; done sees to
-// what comes then.
-func (c *conn) transmit(r *reader) {
+// transmit begins the transmission phase, of which in may have received something
+// already. It returns when others have the connection. The phase is over when all calls
+// have returned and all replies are sent; done sees to what comes then.
+func (c *conn) transmit(in *input) {
 	c.jobs = make(chan job)
 	c.slots = make(chan struct{}, c.s.opts.Threads)
 	c.s.exports.enter(c, c.session.Export())
-	r.in.head = c.negotiated.RequestSize()
-	r.arrived = time.Now()
 	c.sock.widen()
+	number := c.number()
+	if len(in.unread()) == 0 && c.secure == nil && c.sock.raw != nil {
+		in.release()
+		c.park(number)
+		return
+	}
+	r := newReader(c, number)
+	r.in.buf, r.in.start, r.in.end = in.buf, in.start, in.end
+	r.arrived = time.Now()
 	c.calling.Add(1)
 	c.start(r)
 }

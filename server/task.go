@@ -51,13 +51,7 @@ type task struct {
 func (t *task) init(c *conn, number int) {
 	t.c = c
 	t.batch = maxBatch
-	t.call = backend.Call{Conn: &c.peer, Worker: number}
-	t.setLog()
-}
-
-// setLog takes the connection's log.
-func (t *task) setLog() {
-	t.call.Log = t.c.log
+	t.call = backend.Call{Conn: &c.peer, Worker: number, Log: c.log}
 	if t.call.Worker != backend.Handshake {
 		t.call.Log = t.call.Log.With("worker", t.call.Worker)
 	}
