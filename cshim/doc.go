@@ -14,7 +14,8 @@
 // handles are in the C objects that filters hold. A handle is never used again, so
 // that a filter which uses an object too late gets an error.
 //
-// There is no policy here: no fallback, no range check, nothing is cached.
+// There is no policy here: no fallback, no range check, nothing is cached. One function of
+// libc is exported besides: pthread_mutex_init, which makes adaptive mutexes (mutex.c).
 //
 // # Lifecycle
 //

@@ -127,6 +127,9 @@ func (c *conn) done() {
 	}
 	c.s.exports.leave(c)
 	c.log.Info("client disconnected", "seconds", time.Since(c.began).Seconds())
+	if c.workers > 0 {
+		c.s.crews.Add(-1)
+	}
 	c.closeSession()
 	c.leave()
 }

@@ -21,7 +21,8 @@
 //
 // Calls that are short, or that the thread model serialises, run on that
 // goroutine. Where calls take long (pace.go), and the client does not wait for each
-// reply, they go to workers, which are started when they are needed (worker.go). A call
+// reply, they go to workers, which are started when they are needed (worker.go), and Go's
+// scheduler gets as many processors as they may block (procs.go). A call
 // that was expected to be short and is not loses the connection: the watcher (watch.go)
 // hands the connection to a new goroutine at its second look, after two to sixteen
 // milliseconds, together with the replies that wait to be sent and the requests that wait

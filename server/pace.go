@@ -17,6 +17,10 @@ const (
 	// longCall is what counts of a call on a worker that took longer, so that a
 	// few of them do not keep all the others there.
 	longCall = 100 * time.Microsecond
+	// Above mostlyLong nearly all of the last calls took that long. What begins to be
+	// slow is below it.
+	mostlyLong = longCall * 9 / 10
+	firstSlow  = longCall * 3 / 4
 	// Moving data takes time in proportion to its size, on any goroutine:
 	// about a third of a nanosecond a byte.
 	bytesPerNanosecond = 3
@@ -59,14 +63,16 @@ func (p *pace) inline(d time.Duration, n int, bytes uint64) {
 }
 
 // delegated takes in what a call on a worker took. cost follows the mean: also where
-// only some of the calls wait for a device the others need not wait for them.
-func (p *pace) delegated(d time.Duration, bytes uint64) {
+// only some of the calls wait for a device the others need not wait for them. It tells
+// whether nearly all calls are long.
+func (p *pace) delegated(d time.Duration, bytes uint64) (long bool) {
 	cost := p.cost.Load()
 	cost += (min(own(d, bytes), int64(longCall)) - cost) / 8
 	p.cost.Store(cost)
 	if cost < int64(fastCall) {
 		p.slow.Store(false)
 	}
+	return cost >= int64(mostlyLong)
 }
 
 // lost takes in that a call lost the connection.
@@ -82,7 +88,7 @@ func (p *pace) lost(now time.Time) {
 
 func (p *pace) slacken() {
 	if p.slow.CompareAndSwap(false, true) {
-		p.cost.Store(int64(longCall))
+		p.cost.Store(int64(firstSlow))
 	}
 }
 

@@ -52,6 +52,10 @@ type Options struct {
 	// HandshakeTimeout is how long a client may take from the connection to
 	// the end of the handshake; 0 is for ever.
 	HandshakeTimeout time.Duration
+	// MaxProcs is up to where the server raises GOMAXPROCS as long as more calls
+	// block at a time, over all connections; 0 leaves it alone. It is for one server of
+	// a process.
+	MaxProcs int
 	// SlowRequest is the longest time that a call into the chain may take, waiting
 	// for its turn included, before there is a warning; 0 for none. There are at
 	// most ten a second.
@@ -73,13 +77,14 @@ const lastWords = time.Second
 
 // A Server serves one chain.
 type Server struct {
-	opts      Options
-	log       *slog.Logger
-	gate      *backend.Gate
-	watcher   watcher
-	hot       atomic.Int32 // how many sockets are
-	slowLines lineLimit
-	exports   exports
+	opts       Options
+	log        *slog.Logger
+	gate       *backend.Gate
+	watcher    watcher
+	hot        atomic.Int32 // how many sockets are
+	slowLines  lineLimit
+	exports    exports
+	processors processors
 
 	// Of opts.Limits.
 	limited  bool // every request is
@@ -93,7 +98,8 @@ type Server struct {
 	probeStep atomic.Value // a backend.Callback
 
 	// For Stats.
-	workers     atomic.Int64
+	workers     atomic.Int64 // of all connections
+	crews       atomic.Int64 // connections that have workers
 	tlsFailures atomic.Uint64
 	failures    [reasons]atomic.Uint64 // of handshakes
 

@@ -27,13 +27,8 @@ func (r *reader) delegates(payload int) bool {
 		len(c.slots) == cap(c.slots)
 }
 
-const (
-	// loneRequests is how many requests tell that a client asks for one thing at a time.
-	loneRequests = 4
-	// loneCall is what a call of such a client costs at least that goes to a worker all
-	// the same.
-	loneCall = longCall * 9 / 10
-)
+// loneRequests is how many requests tell that a client asks for one thing at a time.
+const loneRequests = 4
 
 // alone takes in that a request came, and tells whether the client waits for each reply
 // before it asks again. To hand its calls over only costs time, unless they take so long
@@ -44,7 +39,7 @@ func (r *reader) alone(payload int) bool {
 		return false
 	}
 	r.lone = min(r.lone+1, loneRequests)
-	return r.lone == loneRequests && r.c.pace.cost.Load() < int64(loneCall)
+	return r.lone == loneRequests && r.c.pace.cost.Load() < int64(mostlyLong)
 }
 
 // delegate hands r.req to a worker, when there is one free.
@@ -81,6 +76,10 @@ func (r *reader) delegate(payload int) error {
 	}
 	if c.workers < c.s.opts.Threads {
 		c.workers++
+		if c.workers == 1 {
+			c.s.crews.Add(1)
+		}
+		c.s.workers.Add(1)
 		c.calling.Add(1)
 		go c.work(j)
 		return nil
@@ -107,7 +106,6 @@ func (r *reader) receiveInto(p []byte) error {
 // work carries out j and then other jobs, until there will be none.
 func (c *conn) work(j job) {
 	defer c.done()
-	c.s.workers.Add(1)
 	defer c.s.workers.Add(-1)
 	t := &task{}
 	t.init(c, c.number())
@@ -130,7 +128,9 @@ func (t *task) do(j job) {
 			t.run(nil)
 		}
 		c.lane.Unlock()
-		c.pace.delegated(time.Since(began), j.req.Length)
+		if c.pace.delegated(time.Since(began), j.req.Length) {
+			c.s.blocks()
+		}
 	}
 	t.worked()
 	j.payload.Release()

@@ -231,7 +231,7 @@ func findCheck() (pipe *os.File, names []string, err error) {
 
 // runChecks runs the named checks in this process and writes what they find.
 func runChecks(o *options, names []string, pipe io.Writer, out *logHandler) (int, error) {
-	setProcs(o.threads)
+	setProcs()
 	unix.Umask(0o022)
 	var stop stopper
 	stop.onSignals()

@@ -24,26 +24,35 @@ import (
 )
 
 // The Go scheduler keeps one of its processors for a call that blocks in C until it
-// notices, so there are as many as calls of a connection may block at a time, at least
-// minProcs, and at most maxProcs, since it looks through all of them for work: see
+// notices, so the server has as many as calls may block at a time, at least minProcs, and
+// at most maxProcs, since the scheduler looks through all of them for work: see
 // RATIONALE.md.
 const (
 	minProcs = 16
-	maxProcs = 64
+	maxProcs = 128
 )
 
-// setProcs sees to that, unless the environment says how many there are to be.
-func setProcs(threads int) {
-	n := max(minProcs, min(threads, maxProcs))
-	if os.Getenv("GOMAXPROCS") == "" && runtime.GOMAXPROCS(0) < n {
-		runtime.GOMAXPROCS(n)
+// setProcs sets with how many a server begins, and mostProcs returns how many it may have,
+// unless the environment says how many there are to be.
+func setProcs() {
+	if !procsGiven() && runtime.GOMAXPROCS(0) < minProcs {
+		runtime.GOMAXPROCS(minProcs)
 	}
 }
+
+func mostProcs() int {
+	if procsGiven() {
+		return 0
+	}
+	return max(runtime.GOMAXPROCS(0), maxProcs)
+}
+
+func procsGiven() bool { return os.Getenv("GOMAXPROCS") != "" }
 
 // serve opens the plugin and does with it what the options say, up to the end of
 // the process. start is whom to tell that it is ready, or nil.
 func serve(o *options, start *starter, stdout io.Writer, out *logHandler) (int, error) {
-	setProcs(o.threads)
+	setProcs()
 	// Files that plugins and we make do not depend on who starts the server.
 	unix.Umask(0o022)
 	switch {
@@ -349,7 +358,7 @@ func serveClients(o *options, start *starter, out *logHandler,
 	chain *backend.Chain, e *endpoint, command *captive, stop *stopper) (int, error) {
 	log := slog.New(out)
 	srv := server.New(server.Options{
-		Chain: chain, ReadOnly: o.readonly, Threads: o.threads, Log: log,
+		Chain: chain, ReadOnly: o.readonly, Threads: o.threads, MaxProcs: mostProcs(), Log: log,
 		Oldstyle: o.oldstyle, NoStructuredReplies: o.noSR, NoExtendedHeaders: o.noEH, NoMetaContexts: o.noMC,
 		SparseReads:      o.sparseReads,
 		StrictBlockSize:  o.strictBlockSize,
