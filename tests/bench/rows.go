@@ -151,6 +151,7 @@ func otherRows() (rows []row) {
 	rows = []row{
 		{plugin: "slow", depth: 16}, {plugin: "slow", depth: 64}, {plugin: "slow", depth: 64, threads: 64},
 		{plugin: "slow", depth: 16, op: "write"}, {plugin: "slow", depth: 1},
+		{plugin: "slow", depth: 16, conns: 2}, {plugin: "slow", depth: 16, conns: 4}, {plugin: "slow", depth: 4, conns: 16},
 		{plugin: "delay", depth: 16}, {plugin: "delay", depth: 64, threads: 64},
 		{client: "fio", depth: 1}, {client: "fio", depth: 64}, {client: "fio", op: "write", depth: 64},
 		{client: "fio", depth: 8, size: 64 * kib},
