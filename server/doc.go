@@ -26,7 +26,8 @@
 // that was expected to be short and is not loses the connection: the watcher (watch.go)
 // hands the connection to a new goroutine at its second look, after two to sixteen
 // milliseconds, together with the replies that wait to be sent and the requests that wait
-// to be run. So one slow request never holds up the others.
+// to be run. So one slow request never holds up the others. Where threads wait for
+// processors (contention.go) a long call is not taken for a slow one.
 //
 // A request of more than 4 GiB, which only clients with extended headers can make,
 // becomes several calls, and others go between them (task.go). A long read may ask

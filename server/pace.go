@@ -14,18 +14,23 @@ const (
 	fastCall = 20 * time.Microsecond
 	// A new connection begins with unknownCall: a few calls tell.
 	unknownCall = 10 * time.Microsecond
-	// longCall is what counts of a call on a worker that took longer, so that a
-	// few of them do not keep all the others there.
-	longCall = 100 * time.Microsecond
-	// Above mostlyLong nearly all of the last calls took that long. What begins to be
-	// slow is below it.
+	// A call on a worker that takes longer than longCall counts nothing where
+	// processors are contended: its thread may have waited for one. Else it counts in
+	// full, up to longestCall.
+	longCall    = 100 * time.Microsecond
+	longestCall = 10 * time.Millisecond
+	// meanCalls is over how many calls on workers the mean goes: where one in a
+	// hundred waits for a device, they all stay there.
+	meanCalls = 512
+	// Above mostlyLong calls are long. What begins to be slow is below it.
 	mostlyLong = longCall * 9 / 10
 	firstSlow  = longCall * 3 / 4
 	// Moving data takes time in proportion to its size, on any goroutine:
 	// about a third of a nanosecond a byte.
 	bytesPerNanosecond = 3
 	// Where strainMost calls lost the connection, and no strainTime of calm lay
-	// between one and the next, calls go to workers, however fast most are.
+	// between one and the next, calls go to workers, however fast most are. Those
+	// do not count that did so while processors were contended.
 	strainMost = 3
 	strainTime = 8 * time.Millisecond
 )
@@ -64,10 +69,14 @@ func (p *pace) inline(d time.Duration, n int, bytes uint64) {
 
 // delegated takes in what a call on a worker took. cost follows the mean: also where
 // only some of the calls wait for a device the others need not wait for them. It tells
-// whether nearly all calls are long.
-func (p *pace) delegated(d time.Duration, bytes uint64) (long bool) {
+// whether calls are long.
+func (p *pace) delegated(d time.Duration, bytes uint64, contended bool) (long bool) {
+	taken := min(own(d, bytes), int64(longestCall))
+	if contended && d > longCall {
+		taken = 0
+	}
 	cost := p.cost.Load()
-	cost += (min(own(d, bytes), int64(longCall)) - cost) / 8
+	cost += (taken - cost) / meanCalls
 	p.cost.Store(cost)
 	if cost < int64(fastCall) {
 		p.slow.Store(false)

@@ -1,7 +1,10 @@
 package server
 
 import (
+	"fmt"
 	"log/slog"
+	"os"
+	"path/filepath"
 	"testing"
 	"time"
 
@@ -12,10 +15,11 @@ import (
 // what they take together where workers do.
 func TestPace(t *testing.T) {
 	const fast, slow, starved = 2 * time.Microsecond, time.Millisecond, 400 * time.Microsecond
+	contended := false
 	feed := func(p *pace, n int, each func(i int) time.Duration) {
 		for i := range n {
 			if p.slow.Load() {
-				p.delegated(each(i), 4096)
+				p.delegated(each(i), 4096, contended)
 			} else {
 				p.inline(8*each(i), 8, 8*4096)
 			}
@@ -48,7 +52,21 @@ func TestPace(t *testing.T) {
 	if !p.slow.Load() {
 		t.Error("a third of the calls on workers slow: not slow")
 	}
-	feed(&p, 100, all(fast))
+	feed(&p, 10000, every(100, 3*slow))
+	if !p.slow.Load() {
+		t.Error("one in a hundred of the calls on workers very slow: not slow")
+	}
+	contended = true
+	feed(&p, 10000, every(10, 3*slow))
+	if p.slow.Load() {
+		t.Error("a tenth of the calls slow while processors are contended: slow")
+	}
+	contended = false
+	feed(&p, 50, all(slow))
+	if !p.slow.Load() {
+		t.Error("slow calls again: not slow")
+	}
+	feed(&p, 5000, all(fast))
 	if p.slow.Load() {
 		t.Error("fast calls again: slow")
 	}
@@ -72,6 +90,52 @@ func TestPace(t *testing.T) {
 	}
 	if !p.slow.Load() {
 		t.Error("often lost: not slow")
+	}
+}
+
+// Answers of the kernel about who waits for processors are read right, and stand for a
+// while.
+func TestContention(t *testing.T) {
+	for list, want := range map[string]int{"0": 1, "0-3": 4, "0-1,4,8-11": 7, "": 0, "no": 0, "3-1": 0} {
+		if got := cpus(list); got != want {
+			t.Errorf("cpus %q: got %d, need %d", list, got, want)
+		}
+	}
+	for text, want := range map[string]int{"0.53 0.60 0.66 9/317 12345\n": 9, "0.53 0.60": 0, "": 0, "a b c d e": 0} {
+		if got := runnable([]byte(text)); got != want {
+			t.Errorf("runnable %q: got %d, need %d", text, got, want)
+		}
+	}
+	real := processContention()
+	if real.loadavg == nil || real.most < 2 {
+		t.Fatalf("got %+v from this machine", real)
+	}
+	name := filepath.Join(t.TempDir(), "loadavg")
+	say := func(running int) {
+		if err := os.WriteFile(name, fmt.Appendf(nil, "0.53 0.60 0.66 %d/317 12345\n", running), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	say(5)
+	f, err := os.Open(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	now := time.Now()
+	c := &contention{loadavg: f, most: 4, start: now.Add(-time.Hour)}
+	if !c.is(now) {
+		t.Error("5 of 4: not contended")
+	}
+	say(4)
+	if !c.is(now.Add(contentionAge / 2)) {
+		t.Error("asked again at once")
+	}
+	if c.is(now.Add(contentionAge)) {
+		t.Error("4 of 4: contended")
+	}
+	if (&contention{start: now}).is(now.Add(time.Hour)) {
+		t.Error("contended where nobody can tell")
 	}
 }
 

@@ -85,6 +85,7 @@ type Server struct {
 	slowLines  lineLimit
 	exports    exports
 	processors processors
+	contention *contention
 
 	// Of opts.Limits.
 	limited  bool // every request is
@@ -141,15 +142,16 @@ func New(o Options) *Server {
 		o.Limits.BytesPerConnection = defaultBytesPerConnection
 	}
 	s := &Server{
-		opts:      o,
-		log:       log,
-		gate:      backend.NewGate(o.Chain.ThreadModel()),
-		quit:      make(chan struct{}),
-		conns:     map[uint64]*conn{},
-		addresses: map[string]int{},
-		socks:     map[net.Listener]struct{}{},
-		requests:  newBudget(int64(o.Limits.Requests)),
-		bytes:     newBudget(o.Limits.Bytes),
+		opts:       o,
+		contention: processContention(),
+		log:        log,
+		gate:       backend.NewGate(o.Chain.ThreadModel()),
+		quit:       make(chan struct{}),
+		conns:      map[uint64]*conn{},
+		addresses:  map[string]int{},
+		socks:      map[net.Listener]struct{}{},
+		requests:   newBudget(int64(o.Limits.Requests)),
+		bytes:      newBudget(o.Limits.Bytes),
 	}
 	s.exports.bandwidth = o.Limits.Bandwidth
 	s.limited = o.Limits.Requests > 0 || o.Limits.Bytes > 0 || o.Limits.Bandwidth > 0

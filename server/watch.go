@@ -138,7 +138,9 @@ func (c *conn) takeAway(r *reader, state uint64) {
 	// From here on the buffers of r belong to the call; what it does not need
 	// moves to the new reader.
 	c.calling.Add(1)
-	c.pace.lost(time.Now())
+	if now := time.Now(); !c.s.contention.is(now) {
+		c.pace.lost(now)
+	}
 	n := newReader(c, c.number())
 	r.account() // what waits to be sent need not wait for the call
 	n.arrived = r.arrived

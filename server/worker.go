@@ -128,7 +128,9 @@ func (t *task) do(j job) {
 			t.run(nil)
 		}
 		c.lane.Unlock()
-		if c.pace.delegated(time.Since(began), j.req.Length) {
+		d := time.Since(began)
+		contended := d > longCall && c.s.contention.is(began.Add(d))
+		if c.pace.delegated(d, j.req.Length, contended) && !contended {
 			c.s.blocks()
 		}
 	}

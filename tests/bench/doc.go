@@ -36,7 +36,7 @@
 //	plot.go     plots
 //	load.go     the load generator, on package client
 //	floor.c     the floor
-//	slow.c      a plugin whose calls take a millisecond
+//	slow.c      a plugin whose calls take a millisecond, or some of them a while
 //
 // The C sources are part of the program, which compiles them when it starts.
 package main

@@ -165,6 +165,8 @@ func (b *bench) pluginArgs(r row) (args []string) {
 		args = append(args, plugin("file"), "file="+b.path("data"))
 	case "slow":
 		args = append(args, b.path("slow.so"))
+	case "mixed":
+		args = append(args, b.path("slow.so"), "every=20", "us=5000")
 	case "delay":
 		args = append(args, "--filter="+filterDir+"nbdkit-delay-filter.so", plugin("memory"), "size="+size, "delay-read=1ms", "delay-write=1ms")
 	default:

@@ -1,6 +1,9 @@
 //go:build ignore
 
-/* A plugin whose reads and writes take a millisecond. */
+/* A plugin whose reads and writes take a millisecond, or one in N takes US microseconds
+ * and the others nothing: every=N us=US.
+ */
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
@@ -21,11 +24,25 @@ slow_get_size (void *handle)
   return 64 << 20;
 }
 
-static void
-wait_a_millisecond (void)
-{
-  struct timespec t = { 0, 1000000 };
+static unsigned every = 1, us = 1000, calls;
 
+static int
+slow_config (const char *key, const char *value)
+{
+  if (strcmp (key, "every") == 0)
+    every = atoi (value);
+  else
+    us = atoi (value);
+  return 0;
+}
+
+static void
+take_time (void)
+{
+  struct timespec t = { us / 1000000, us % 1000000 * 1000 };
+
+  if (__atomic_add_fetch (&calls, 1, __ATOMIC_RELAXED) % every > 0)
+    return;
   while (nanosleep (&t, &t) == -1)
     ;
 }
@@ -33,7 +50,7 @@ wait_a_millisecond (void)
 static int
 slow_pread (void *handle, void *buf, uint32_t count, uint64_t offset, uint32_t flags)
 {
-  wait_a_millisecond ();
+  take_time ();
   memset (buf, 'x', count);
   return 0;
 }
@@ -41,12 +58,13 @@ slow_pread (void *handle, void *buf, uint32_t count, uint64_t offset, uint32_t f
 static int
 slow_pwrite (void *handle, const void *buf, uint32_t count, uint64_t offset, uint32_t flags)
 {
-  wait_a_millisecond ();
+  take_time ();
   return 0;
 }
 
 static struct nbdkit_plugin plugin = {
   .name = "slow",
+  .config = slow_config,
   .open = slow_open,
   .get_size = slow_get_size,
   .pread = slow_pread,

@@ -1,0 +1,77 @@
+package server
+
+import (
+	"bytes"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// contentionAge is for how long an answer of a contention stands.
+const contentionAge = time.Millisecond
+
+// A contention tells whether threads wait for processors. How long a call took then says
+// little about the call. It is about the whole machine: where the process may use some of
+// its processors only, it may not see that they are wanted.
+type contention struct {
+	loadavg *os.File // proc_loadavg(5); nil where there is none
+	most    int      // threads run or wait where the processors are not yet contended
+	start   time.Time
+	at      atomic.Int64 // of the answer, ns since start
+	answer  atomic.Bool
+}
+
+var processContention = sync.OnceValue(func() *contention {
+	c := &contention{start: time.Now()}
+	c.loadavg, _ = os.Open("/proc/loadavg")
+	online, _ := os.ReadFile("/sys/devices/system/cpu/online")
+	c.most = 2 * cpus(strings.TrimSpace(string(online)))
+	return c
+})
+
+// is tells it for now.
+func (c *contention) is(now time.Time) bool {
+	at, t := c.at.Load(), int64(now.Sub(c.start))
+	if at != 0 && t-at < int64(contentionAge) || !c.at.CompareAndSwap(at, t) {
+		return c.answer.Load()
+	}
+	if c.loadavg == nil || c.most == 0 {
+		return false
+	}
+	var b [128]byte
+	n, _ := c.loadavg.ReadAt(b[:], 0) // the text is shorter: io.EOF
+	c.answer.Store(runnable(b[:n]) > c.most)
+	return c.answer.Load()
+}
+
+// runnable is how many threads run or wait for a processor, 0 where loadavg is not as
+// proc_loadavg(5) says.
+func runnable(loadavg []byte) int {
+	fields := bytes.Fields(loadavg)
+	if len(fields) < 4 {
+		return 0
+	}
+	running, _, _ := bytes.Cut(fields[3], []byte("/"))
+	n, _ := strconv.Atoi(string(running))
+	return n
+}
+
+// cpus is how many are in a list such as 0-3,8, and 0 where it is not one.
+func cpus(list string) (n int) {
+	for part := range strings.SplitSeq(list, ",") {
+		first, last, isRange := strings.Cut(part, "-")
+		if !isRange {
+			last = first
+		}
+		a, err1 := strconv.Atoi(first)
+		b, err2 := strconv.Atoi(last)
+		if err1 != nil || err2 != nil || b < a {
+			return 0
+		}
+		n += b - a + 1
+	}
+	return n
+}
