@@ -24,6 +24,7 @@ type contention struct {
 	answer  atomic.Bool
 }
 
+// processContention is the only one; it is first asked for when a call is long.
 var processContention = sync.OnceValue(func() *contention {
 	c := &contention{start: time.Now()}
 	c.loadavg, _ = os.Open("/proc/loadavg")

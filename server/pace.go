@@ -68,11 +68,11 @@ func (p *pace) inline(d time.Duration, n int, bytes uint64) {
 }
 
 // delegated takes in what a call on a worker took. cost follows the mean: also where
-// only some of the calls wait for a device the others need not wait for them. It tells
-// whether calls are long.
+// only some of the calls wait for a device the others need not wait for them. contended
+// is for long calls. It tells whether calls block for long.
 func (p *pace) delegated(d time.Duration, bytes uint64, contended bool) (long bool) {
 	taken := min(own(d, bytes), int64(longestCall))
-	if contended && d > longCall {
+	if contended {
 		taken = 0
 	}
 	cost := p.cost.Load()
@@ -81,7 +81,7 @@ func (p *pace) delegated(d time.Duration, bytes uint64, contended bool) (long bo
 	if cost < int64(fastCall) {
 		p.slow.Store(false)
 	}
-	return cost >= int64(mostlyLong)
+	return cost >= int64(mostlyLong) && !contended
 }
 
 // lost takes in that a call lost the connection.

@@ -19,7 +19,8 @@ func TestPace(t *testing.T) {
 	feed := func(p *pace, n int, each func(i int) time.Duration) {
 		for i := range n {
 			if p.slow.Load() {
-				p.delegated(each(i), 4096, contended)
+				d := each(i)
+				p.delegated(d, 4096, contended && d > longCall)
 			} else {
 				p.inline(8*each(i), 8, 8*4096)
 			}

@@ -85,7 +85,6 @@ type Server struct {
 	slowLines  lineLimit
 	exports    exports
 	processors processors
-	contention *contention
 
 	// Of opts.Limits.
 	limited  bool // every request is
@@ -98,9 +97,10 @@ type Server struct {
 	probing   atomic.Bool
 	probeStep atomic.Value // a backend.Callback
 
+	workers atomic.Int64 // of all connections
+	crews   atomic.Int64 // connections that have workers
+
 	// For Stats.
-	workers     atomic.Int64 // of all connections
-	crews       atomic.Int64 // connections that have workers
 	tlsFailures atomic.Uint64
 	failures    [reasons]atomic.Uint64 // of handshakes
 
@@ -142,16 +142,15 @@ func New(o Options) *Server {
 		o.Limits.BytesPerConnection = defaultBytesPerConnection
 	}
 	s := &Server{
-		opts:       o,
-		contention: processContention(),
-		log:        log,
-		gate:       backend.NewGate(o.Chain.ThreadModel()),
-		quit:       make(chan struct{}),
-		conns:      map[uint64]*conn{},
-		addresses:  map[string]int{},
-		socks:      map[net.Listener]struct{}{},
-		requests:   newBudget(int64(o.Limits.Requests)),
-		bytes:      newBudget(o.Limits.Bytes),
+		opts:      o,
+		log:       log,
+		gate:      backend.NewGate(o.Chain.ThreadModel()),
+		quit:      make(chan struct{}),
+		conns:     map[uint64]*conn{},
+		addresses: map[string]int{},
+		socks:     map[net.Listener]struct{}{},
+		requests:  newBudget(int64(o.Limits.Requests)),
+		bytes:     newBudget(o.Limits.Bytes),
 	}
 	s.exports.bandwidth = o.Limits.Bandwidth
 	s.limited = o.Limits.Requests > 0 || o.Limits.Bytes > 0 || o.Limits.Bandwidth > 0

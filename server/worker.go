@@ -129,8 +129,8 @@ func (t *task) do(j job) {
 		}
 		c.lane.Unlock()
 		d := time.Since(began)
-		contended := d > longCall && c.s.contention.is(began.Add(d))
-		if c.pace.delegated(d, j.req.Length, contended) && !contended {
+		contended := d > longCall && processContention().is(began.Add(d))
+		if c.pace.delegated(d, j.req.Length, contended) {
 			c.s.blocks()
 		}
 	}
