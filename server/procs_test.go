@@ -10,6 +10,9 @@ import (
 	"nbdhost/backend"
 )
 
+// uncontended is for tests that other programs' work must not change.
+func uncontended(time.Time) bool { return false }
+
 // While calls block there are processors for all workers, but no more than may be, and
 // after that as many as before.
 func TestProcessors(t *testing.T) {
@@ -26,7 +29,7 @@ func TestProcessors(t *testing.T) {
 			}
 			return nil
 		}
-		s, uri, _ := serve(t, h, Options{Threads: threads, MaxProcs: tt.most})
+		s, uri, _ := serve(t, h, Options{Threads: threads, MaxProcs: tt.most, contended: uncontended})
 		var stop atomic.Bool
 		var clients sync.WaitGroup
 		var reads atomic.Int64

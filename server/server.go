@@ -69,6 +69,8 @@ type Options struct {
 	hotGap time.Duration // with it: how much time there may be between receives
 
 	parkAfter time.Duration // 0 stands for the constant
+
+	contended func(now time.Time) bool // nil stands for processContention
 }
 
 // lastWords is how long an idle client has, after a shutdown, to send a command
@@ -130,6 +132,9 @@ func New(o Options) *Server {
 	}
 	if o.parkAfter == 0 {
 		o.parkAfter = parkAfter
+	}
+	if o.contended == nil {
+		o.contended = func(now time.Time) bool { return processContention().is(now) }
 	}
 	if o.maxHot == 0 {
 		o.maxHot, o.hotGap = maxHot(), quickGap

@@ -138,7 +138,7 @@ func (c *conn) takeAway(r *reader, state uint64) {
 	// From here on the buffers of r belong to the call; what it does not need
 	// moves to the new reader.
 	c.calling.Add(1)
-	if now := time.Now(); !processContention().is(now) {
+	if now := time.Now(); !c.s.opts.contended(now) {
 		c.pace.lost(now)
 	}
 	n := newReader(c, c.number())

@@ -129,7 +129,7 @@ func (t *task) do(j job) {
 		}
 		c.lane.Unlock()
 		d := time.Since(began)
-		contended := d > longCall && processContention().is(began.Add(d))
+		contended := d > longCall && c.s.opts.contended(began.Add(d))
 		if c.pace.delegated(d, j.req.Length, contended) {
 			c.s.blocks()
 		}
