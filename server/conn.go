@@ -46,8 +46,11 @@ type conn struct {
 	reader  atomic.Pointer[reader] // who has the connection; for the watcher
 	watched atomic.Bool
 	slots   chan struct{} // holds a token for each call that is not the reader's own
-	workers int           // started so far; the reader's
-	numbers atomic.Int32  // of tasks so far
+	spares  spares
+	workers int          // started so far; the reader's
+	slow    bool         // calls take long, or did: it is among Server.slow; the reader's
+	guarded bool         // it has joined the guard; the reader's
+	numbers atomic.Int32 // of tasks so far
 	jobs    chan job
 	pace    pace
 	calling atomic.Int32 // goroutines that have a part in it; the last ends the connection
@@ -127,8 +130,11 @@ func (c *conn) done() {
 	}
 	c.s.exports.leave(c)
 	c.log.Info("client disconnected", "seconds", time.Since(c.began).Seconds())
-	if c.workers > 0 {
-		c.s.crews.Add(-1)
+	if c.slow {
+		c.s.slow.Add(-1)
+	}
+	if c.guarded {
+		c.s.guard.leave(c)
 	}
 	c.closeSession()
 	c.leave()

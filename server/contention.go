@@ -8,6 +8,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // contentionAge is for how long an answer of a contention stands.
@@ -43,9 +45,18 @@ func (c *contention) is(now time.Time) bool {
 		return false
 	}
 	var b [128]byte
-	n, _ := c.loadavg.ReadAt(b[:], 0) // the text is shorter: io.EOF
-	c.answer.Store(runnable(b[:n]) > c.most)
+	n, err := unix.Pread(int(c.loadavg.Fd()), b[:], 0)
+	c.answer.Store(err == nil && runnable(b[:n]) > c.most)
 	return c.answer.Load()
+}
+
+// threadWaits is how often this thread has had to wait for something but a processor.
+// Where it is more after a call the call has waited, or its goroutine had to change
+// threads, which is rare.
+func threadWaits() int64 {
+	var r unix.Rusage
+	_ = unix.Getrusage(unix.RUSAGE_THREAD, &r) // it cannot fail
+	return r.Nvcsw
 }
 
 // runnable is how many threads run or wait for a processor, 0 where loadavg is not as

@@ -14,13 +14,12 @@ const (
 	fastCall = 20 * time.Microsecond
 	// A new connection begins with unknownCall: a few calls tell.
 	unknownCall = 10 * time.Microsecond
-	// A call on a worker that takes longer than longCall counts nothing where
-	// processors are contended: its thread may have waited for one. Else it counts in
-	// full, up to longestCall.
+	// Where calls are slow one that takes longer than longCall counts nothing if its
+	// thread has only waited for a processor. Else it counts in full, up to longestCall.
 	longCall    = 100 * time.Microsecond
 	longestCall = 10 * time.Millisecond
-	// meanCalls is over how many calls on workers the mean goes: where one in a
-	// hundred waits for a device, they all stay there.
+	// meanCalls is over how many calls the mean goes then: where one in a hundred
+	// waits for a device, they all count as slow.
 	meanCalls = 512
 	// Above mostlyLong calls are long. What begins to be slow is below it.
 	mostlyLong = longCall * 9 / 10
@@ -36,7 +35,7 @@ const (
 )
 
 // A pace is how long the calls of a connection take beyond what their size explains,
-// and so who makes them: the reader, or workers where slow is set. Updates that are
+// and so who makes them: the reader, or others as well where slow is set. Updates that are
 // lost since two come at the same time do no harm.
 type pace struct {
 	slow atomic.Bool
@@ -67,12 +66,13 @@ func (p *pace) inline(d time.Duration, n int, bytes uint64) {
 	}
 }
 
-// delegated takes in what a call on a worker took. cost follows the mean: also where
-// only some of the calls wait for a device the others need not wait for them. contended
-// is for long calls. It tells whether calls block for long.
-func (p *pace) delegated(d time.Duration, bytes uint64, contended bool) (long bool) {
+// long takes in what a call took where calls are slow. cost follows the mean: also where
+// only some of the calls wait for a device the others need not wait for them. starved
+// says that the call has only waited for a processor. It tells whether calls block for
+// long.
+func (p *pace) long(d time.Duration, bytes uint64, starved bool) bool {
 	taken := min(own(d, bytes), int64(longestCall))
-	if contended {
+	if starved {
 		taken = 0
 	}
 	cost := p.cost.Load()
@@ -81,7 +81,7 @@ func (p *pace) delegated(d time.Duration, bytes uint64, contended bool) (long bo
 	if cost < int64(fastCall) {
 		p.slow.Store(false)
 	}
-	return cost >= int64(mostlyLong) && !contended
+	return cost >= int64(mostlyLong)
 }
 
 // lost takes in that a call lost the connection.

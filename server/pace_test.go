@@ -2,17 +2,14 @@ package server
 
 import (
 	"fmt"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"testing"
 	"time"
-
-	"nbdhost/backend"
 )
 
 // Who makes the calls follows what most calls take where the reader makes them, and
-// what they take together where workers do.
+// what they take together where others do as well.
 func TestPace(t *testing.T) {
 	const fast, slow, starved = 2 * time.Microsecond, time.Millisecond, 400 * time.Microsecond
 	contended := false
@@ -20,7 +17,7 @@ func TestPace(t *testing.T) {
 		for i := range n {
 			if p.slow.Load() {
 				d := each(i)
-				p.delegated(d, 4096, contended && d > longCall)
+				p.long(d, 4096, contended && d > longCall)
 			} else {
 				p.inline(8*each(i), 8, 8*4096)
 			}
@@ -51,11 +48,11 @@ func TestPace(t *testing.T) {
 	}
 	feed(&p, 1000, every(3, slow))
 	if !p.slow.Load() {
-		t.Error("a third of the calls on workers slow: not slow")
+		t.Error("a third of the calls where they are slow: not slow")
 	}
 	feed(&p, 10000, every(100, 3*slow))
 	if !p.slow.Load() {
-		t.Error("one in a hundred of the calls on workers very slow: not slow")
+		t.Error("one in a hundred of the calls where they are slow very slow: not slow")
 	}
 	contended = true
 	feed(&p, 10000, every(10, 3*slow))
@@ -137,55 +134,5 @@ func TestContention(t *testing.T) {
 	}
 	if (&contention{start: now}).is(now.Add(time.Hour)) {
 		t.Error("contended where nobody can tell")
-	}
-}
-
-// A client that waits for each reply is served by the reader, also where calls are slow;
-// one that asks for more at a time is not, nor one whose calls take very long.
-func TestAlone(t *testing.T) {
-	c := &conn{slots: make(chan struct{}, 4), s: &Server{opts: Options{Threads: 4, Chain: &backend.Chain{}}},
-		lane: backend.NewGate(backend.Parallel).Connect(nil), log: slog.New(slog.DiscardHandler)}
-	c.pace.slow.Store(true)
-	c.pace.cost.Store(int64(slowCall))
-	r := newReader(c, 0)
-	buf, err := backend.GetBuffer(1)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer buf.Release()
-	r.in.buf = buf
-	request := func(beside int) bool { // with so many bytes of the next in hand
-		r.in.start, r.in.end = 0, 512+beside
-		return r.delegates(512)
-	}
-	learn := func() {
-		t.Helper()
-		for i := range loneRequests - 1 {
-			if !request(0) {
-				t.Fatalf("request %d: not handed over, want it to be before that much is known", i)
-			}
-		}
-		if request(0) {
-			t.Fatal("lone requests: handed over")
-		}
-	}
-	learn()
-	if !request(28) {
-		t.Error("one more in hand: not handed over")
-	}
-	learn()
-	c.slots <- struct{}{}
-	if !request(0) {
-		t.Error("a call under way: not handed over")
-	}
-	<-c.slots
-	learn()
-	c.pace.cost.Store(int64(longCall))
-	if !request(0) {
-		t.Error("long calls: not handed over")
-	}
-	c.pace.slow.Store(false)
-	if request(28) {
-		t.Error("fast calls: handed over")
 	}
 }

@@ -28,14 +28,14 @@ type processors struct {
 	timer  *time.Timer // of settle, while raised
 }
 
-// blocks takes in that calls on workers take long. One for each worker is enough for one
-// connection; the readers of others need one each.
+// blocks takes in that calls take long and that threads need not wait for processors.
+// Three for four workers are enough, and one for each reader.
 func (s *Server) blocks() {
 	p := &s.processors
 	if !p.blocking.Load() {
 		p.blocking.Store(true)
 	}
-	if n := min(int(s.workers.Load()+s.crews.Load())-1, s.opts.MaxProcs); n > int(p.now.Load()) {
+	if n := min(int(s.workers.Load()*3/4+s.slow.Load()), s.opts.MaxProcs); n > int(p.now.Load()) {
 		p.raise(n, s.opts.MaxProcs)
 	}
 }

@@ -13,14 +13,14 @@ import (
 // uncontended is for tests that other programs' work must not change.
 func uncontended(time.Time) bool { return false }
 
-// While calls block there are processors for all workers, but no more than may be, and
+// While calls block there are processors for three in four workers, but no more than may be, and
 // after that as many as before.
 func TestProcessors(t *testing.T) {
 	const threads, before = 8, 4
 	t.Cleanup(func() { runtime.GOMAXPROCS(runtime.GOMAXPROCS(before)) })
 	runtime.GOMAXPROCS(before)
 	for _, tt := range []struct{ most, conns, want int }{
-		{0, 2, before}, {60, 2, 32}, {20, 4, 20},
+		{0, 2, before}, {60, 2, 16}, {60, 4, 32}, {20, 4, 20},
 	} {
 		h := newHooked()
 		h.before = func(_ *backend.Call, cb backend.Callback, _ uint64) error {

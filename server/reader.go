@@ -17,24 +17,22 @@ import (
 )
 
 // A reader has the connection: it receives requests, and carries them out or
-// hands them to workers.
+// hands them to workers. One whose call lost the connection may have it again.
 type reader struct {
 	task
 	in    input
 	query protocol.BlockStatusRequest
 
-	// state is what the watcher goes by: a count of calls times 4, plus quiet,
-	// busy or taken.
+	// state is what the watcher and the guard go by: a count of calls times 4, plus
+	// quiet, busy, guarded or taken.
 	state  atomic.Uint64
 	seen   uint64     // the watcher's: state at its last tick
-	moving sync.Mutex // held by the watcher while it takes the connection away
+	moving sync.Mutex // held while the connection is moved from r to another reader
 
 	// The calls since the last sample of what one costs.
 	began time.Time
 	calls int
 	bytes uint64
-
-	lone int // requests in a row that came when nothing else was to be done; see alone
 
 	tempered time.Time // when in.receives was looked at
 	yielded  time.Time // when Go's scheduler ran last
@@ -47,11 +45,12 @@ type reader struct {
 const yieldEvery = 2 * time.Millisecond
 
 const (
-	quiet = 0
-	busy  = 1 // a call is under way
-	taken = 2 // the call under way lost the connection
-	mask  = 3
-	next  = 4
+	quiet   = 0
+	busy    = 1 // a call is under way
+	guarded = 2 // a long call is under way, which loses the connection to the guard only
+	taken   = 3 // the call under way lost the connection
+	mask    = 3
+	next    = 4
 )
 
 func newReader(c *conn, number int) *reader {
@@ -93,18 +92,28 @@ func (c *conn) transmit(in *input) {
 func (c *conn) start(r *reader) {
 	defer c.done()
 	c.reader.Store(r)
-	if r.loop() {
-		// Nobody has the connection after r: the end.
+	why := r.loop()
+	if why == over {
 		r.send()
 		close(c.jobs)
 	}
 	r.in.release()
 	r.out.release()
+	if why == lost {
+		c.spares.put(r)
+	}
 }
 
-// loop returns true at the end of the connection, and false where r has given the
-// connection up: it was taken away from r, or is parked.
-func (r *reader) loop() bool {
+// An outcome is why a reader has the connection no longer.
+type outcome int
+
+const (
+	over   outcome = iota // nobody has it any more
+	parked                // nobody has it until the client says something
+	lost                  // another reader has it
+)
+
+func (r *reader) loop() outcome {
 	size := r.c.negotiated.RequestSize()
 	for {
 		if len(r.in.unread()) < size {
@@ -113,29 +122,29 @@ func (r *reader) loop() bool {
 			r.in.boundary = false
 			if err == errIdle {
 				r.c.park(r.call.Worker)
-				return false
+				return parked
 			}
 			if err != nil {
 				r.ended(err)
-				return true
+				return over
 			}
 		}
 		if err := r.c.negotiated.DecodeRequest(&r.req, r.in.unread()); err != nil {
 			r.c.log.Error("receive request: " + err.Error() + "; closing the connection")
-			return true
+			return over
 		}
 		r.in.take(size)
 		if r.req.Type == protocol.CmdDisc {
 			r.call.Debugf("client sent %v, closing connection", r.req.Type)
-			return true
+			return over
 		}
-		over, err := r.request()
+		gone, err := r.request()
 		if err != nil {
 			r.ended(err)
-			return true
+			return over
 		}
-		if over {
-			return false
+		if gone {
+			return lost
 		}
 	}
 }
@@ -197,9 +206,9 @@ func (r *reader) ended(err error) {
 	}
 }
 
-// request deals with r.req, whose header is consumed. over is true where the
-// connection was taken away meanwhile. An error ends the connection.
-func (r *reader) request() (over bool, err error) {
+// request deals with r.req, whose header is consumed. gone is true where another
+// reader has the connection now. An error ends the connection.
+func (r *reader) request() (gone bool, err error) {
 	extended := r.c.negotiated.ExtendedHeaders
 	payload := r.req.PayloadLength(extended)
 	if payload > math.MaxUint32 {
@@ -223,14 +232,14 @@ func (r *reader) request() (over bool, err error) {
 		}
 		payload = 0
 	}
-	delegates := r.delegates(int(payload))
-	if err := r.limit(delegates); err != nil {
+	way := r.way(int(payload))
+	if err := r.limit(way != byReader); err != nil {
 		return false, err
 	}
 	if r.err != nil {
 		return false, r.reject(payload)
 	}
-	if delegates {
+	if way == byWorker {
 		return false, r.delegate(int(payload))
 	}
 	if have := len(r.in.unread()); uint64(have) < payload {
@@ -239,6 +248,10 @@ func (r *reader) request() (over bool, err error) {
 			return false, err
 		}
 	}
+	if way == underGuard {
+		r.sample()
+		r.send() // what is ready need not wait for the call
+	}
 	if err := r.reserve(); err != nil {
 		r.drop()
 		r.err = err
@@ -246,6 +259,9 @@ func (r *reader) request() (over bool, err error) {
 	}
 	p := r.in.unread()[:payload]
 	r.in.take(int(payload)) // before the call: what is in hand after it is the next reader's
+	if way == underGuard {
+		return r.guarded(p)
+	}
 	return r.inline(p)
 }
 
@@ -323,8 +339,23 @@ func (r *reader) reject(payload uint64) error {
 	return r.refuse()
 }
 
+// guarded carries a request out on this goroutine that takes long.
+func (r *reader) guarded(payload []byte) (gone bool, err error) {
+	g := &r.c.s.guard
+	state := r.state.Load() + next + guarded
+	r.state.Store(state)
+	g.arm(r.c)
+	r.long(payload)
+	r.worked()
+	if !r.state.CompareAndSwap(state, state&^mask) {
+		return r.finishTaken()
+	}
+	g.disarm(r.c)
+	return false, r.finish()
+}
+
 // inline carries the request out on this goroutine.
-func (r *reader) inline(payload []byte) (over bool, err error) {
+func (r *reader) inline(payload []byte) (gone bool, err error) {
 	lane := r.c.lane
 	r.begin()
 	if !lane.TryLock() {
@@ -348,10 +379,7 @@ func (r *reader) inline(payload []byte) (over bool, err error) {
 	lane.Unlock()
 	r.worked()
 	if !r.state.CompareAndSwap(state, state&^mask) {
-		return true, r.finishTaken()
-	}
-	if r.lone > 0 && (!r.c.pace.slow.Load() || readable(uintptr(r.c.sock.descriptor()))) {
-		r.lone = 0 // it does not matter any more, or the next request came before the reply
+		return r.finishTaken()
 	}
 	r.calls++
 	r.bytes += r.req.Length
@@ -361,19 +389,44 @@ func (r *reader) inline(payload []byte) (over bool, err error) {
 	return false, r.finish()
 }
 
-// finishTaken replies to a call that lost the connection.
-func (r *reader) finishTaken() error {
-	r.moving.Lock() // waits until the watcher has finished
-	defer r.moving.Unlock()
+// finishTaken replies to a call that lost the connection. gone is false where r has the
+// connection again: it takes it from a reader that makes a long call, so that nobody
+// needs to be woken when the next request comes.
+func (r *reader) finishTaken() (gone bool, err error) {
+	c := r.c
+	r.moving.Lock() // waits until the connection has been moved
 	// What was before it in the batch has been sent by the next reader.
 	r.out.start = r.at
-	err := r.finish()
-	if err != nil {
-		r.c.disconnect(true)
+	r.moving.Unlock()
+	if err := r.finish(); err != nil {
+		c.disconnect(true)
 	}
 	r.send()
-	<-r.c.slots
-	return nil
+	if r.regain() {
+		return false, nil
+	}
+	<-c.slots
+	return true, nil
+}
+
+// regain takes the connection from a reader that makes a long call, which gets r's slot.
+func (r *reader) regain() bool {
+	c := r.c
+	from := c.reader.Load()
+	if from == nil {
+		return false
+	}
+	state := from.state.Load()
+	if state&mask != guarded {
+		return false
+	}
+	from.moving.Lock()
+	defer from.moving.Unlock()
+	if !c.transfer(from, state, r) {
+		return false
+	}
+	c.s.guard.disarm(c)
+	return true
 }
 
 // A sample is of so many calls, or of fewer that moved so many bytes.

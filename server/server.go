@@ -99,8 +99,10 @@ type Server struct {
 	probing   atomic.Bool
 	probeStep atomic.Value // a backend.Callback
 
+	guard   guard
 	workers atomic.Int64 // of all connections
-	crews   atomic.Int64 // connections that have workers
+	long    atomic.Int64 // calls under way where calls take long
+	slow    atomic.Int64 // connections whose calls take long, or did
 
 	// For Stats.
 	tlsFailures atomic.Uint64

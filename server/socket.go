@@ -25,7 +25,7 @@ type socket struct {
 	mu  sync.Mutex      // held while what follows changes, and by others than the reader
 	nc  net.Conn        // nil while hot
 	raw syscall.RawConn // of nc; nil where that has no descriptor
-	fd  int             // where it was hot at least once: the same socket, outside of the poller; else -1
+	fd  int             // of own: the same socket, outside of the poller; -1 where nobody has asked
 
 	resting bool // nc has the deadline of rest; of who has the connection
 }
@@ -58,6 +58,26 @@ func (s *socket) descriptor() int {
 	return fd
 }
 
+// own returns a descriptor of the socket that stays the same until it is closed.
+func (s *socket) own() (int, error) {
+	if s.fd >= 0 {
+		return s.fd, nil
+	}
+	fd, err := unix.FcntlInt(uintptr(s.descriptor()), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return -1, os.NewSyscallError("dup", err)
+	}
+	timeout := unix.NsecToTimeval(int64(hotWait))
+	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout); err != nil {
+		unix.Close(fd)
+		return -1, os.NewSyscallError("setsockopt", err)
+	}
+	s.mu.Lock()
+	s.fd = fd
+	s.mu.Unlock()
+	return fd, nil
+}
+
 // heat makes a cold socket hot. Where that fails it stays as it is.
 func (s *socket) heat() error {
 	switch s.nc.(type) {
@@ -65,19 +85,8 @@ func (s *socket) heat() error {
 	default:
 		return syscall.ENOTSUP
 	}
-	if s.fd < 0 {
-		fd, err := unix.FcntlInt(uintptr(s.descriptor()), unix.F_DUPFD_CLOEXEC, 0)
-		if err != nil {
-			return os.NewSyscallError("dup", err)
-		}
-		timeout := unix.NsecToTimeval(int64(hotWait))
-		if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &timeout); err != nil {
-			unix.Close(fd)
-			return os.NewSyscallError("setsockopt", err)
-		}
-		s.mu.Lock()
-		s.fd = fd
-		s.mu.Unlock()
+	if _, err := s.own(); err != nil {
+		return err
 	}
 	if err := unix.SetNonblock(s.fd, false); err != nil {
 		return os.NewSyscallError("fcntl", err)
@@ -276,7 +285,7 @@ func (r *reader) temper() {
 	now := time.Now()
 	quick := now.Sub(r.tempered) < receives*c.s.opts.hotGap
 	r.tempered = now
-	if !quick || crowded || c.pace.slow.Load() && r.lone < loneRequests || len(c.slots) > 0 {
+	if !quick || crowded || len(c.slots) > 0 {
 		return
 	}
 	if c.s.hot.Add(1) > c.s.opts.maxHot || !c.sender.pause(c.heat) || !c.sock.hot() {

@@ -345,8 +345,11 @@ func (c *counters) list() (list []CommandStats) {
 // inFlight is how many calls are under way.
 func (c *conn) inFlight() int {
 	n := len(c.slots)
-	if r := c.reader.Load(); r != nil && r.state.Load()&mask == busy {
-		n++
+	if r := c.reader.Load(); r != nil {
+		switch r.state.Load() & mask {
+		case busy, guarded:
+			n++
+		}
 	}
 	return n
 }

@@ -105,7 +105,10 @@ const decryptSize = 64 << 10
 // decrypt receives what is there under TLS.
 func (in *input) decrypt(fd uintptr) (int, error) {
 	p := in.buf.B[in.end:]
-	return in.secure.TryRead(fd, p[:min(len(p), max(decryptSize, in.room-(in.end-in.start)))])
+	p = p[:min(len(p), max(decryptSize, in.room-(in.end-in.start)))]
+	n, err := in.secure.TryRead(fd, p)
+	in.full = n == len(p)
+	return n, err
 }
 
 // receiveOnce receives once without waiting; 0 bytes are the end.

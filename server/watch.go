@@ -121,7 +121,7 @@ func (x *watched) look() (watch, lost bool) {
 	return r.state.Load() != state && x.c.watched.CompareAndSwap(false, true), false
 }
 
-// takeAway gives the connection to a new reader, unless the call under way of r
+// takeAway gives the connection to another goroutine, unless the call under way of r
 // returns just now.
 func (c *conn) takeAway(r *reader, state uint64) {
 	select {
@@ -129,31 +129,75 @@ func (c *conn) takeAway(r *reader, state uint64) {
 	default:
 		return // cannot be: the reader makes no call of its own then
 	}
+	n := c.spares.get()
+	if n == nil {
+		n = newReader(c, c.number())
+	}
 	r.moving.Lock()
 	defer r.moving.Unlock()
-	if !r.state.CompareAndSwap(state, state&^mask|taken) {
+	if !c.transfer(r, state, n) {
+		c.spares.put(n)
 		<-c.slots
 		return
 	}
-	// From here on the buffers of r belong to the call; what it does not need
-	// moves to the new reader.
 	c.calling.Add(1)
-	if now := time.Now(); !c.s.opts.contended(now) {
-		c.pace.lost(now)
+	go c.start(n)
+}
+
+// transfer gives the connection of from, whose call under way has a slot now, to to,
+// which has nothing to do. from.moving is held. It fails where state is not from's any
+// more.
+func (c *conn) transfer(from *reader, state uint64, to *reader) bool {
+	if !from.state.CompareAndSwap(state, state&^mask|taken) {
+		return false
 	}
-	n := newReader(c, c.number())
-	r.account() // what waits to be sent need not wait for the call
-	n.arrived = r.arrived
-	err := r.in.handOver(&n.in)
-	if err == nil && !r.out.empty() {
-		if err = n.out.grow(c.replyHead(), r.out.end-r.out.start); err == nil {
-			n.out.end += copy(n.out.buf.B[n.out.end:], r.out.buf.B[r.out.start:r.out.end])
-			n.out.held.add(&r.out.held)
+	if state&mask == busy {
+		if now := time.Now(); !c.s.opts.contended(now) {
+			c.pace.lost(now)
+		}
+	}
+	// From here on the buffers of from belong to the call; what it does not need
+	// moves to to.
+	from.account() // what waits to be sent need not wait for the call
+	to.state.Store(to.state.Load()&^mask + next)
+	to.arrived = from.arrived
+	err := from.in.handOver(&to.in)
+	if err == nil && !from.out.empty() {
+		if err = to.out.grow(c.replyHead(), from.out.end-from.out.start); err == nil {
+			to.out.end += copy(to.out.buf.B[to.out.end:], from.out.buf.B[from.out.start:from.out.end])
+			to.out.held.add(&from.out.held)
 		}
 	}
 	if err != nil {
 		c.log.Error("take over connection: " + err.Error() + "; closing it")
 		c.disconnect(true)
 	}
-	go c.start(n)
+	c.reader.Store(to)
+	return true
+}
+
+// spares are readers of a connection that have no goroutine, for the next one that has
+// to be started.
+type spares struct {
+	mu      sync.Mutex
+	readers []*reader
+}
+
+func (s *spares) put(r *reader) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.readers = append(s.readers, r)
+}
+
+// get returns nil where there is none.
+func (s *spares) get() *reader {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	n := len(s.readers)
+	if n == 0 {
+		return nil
+	}
+	r := s.readers[n-1]
+	s.readers = s.readers[:n-1]
+	return r
 }

@@ -17,29 +17,44 @@ type job struct {
 	payload *backend.Buffer // of a write; the worker's
 }
 
-// delegates tells whether the next call goes to a worker: where calls take long, unless
-// a worker could do nothing that the reader cannot, and where as many are under way as
-// there may be, so that the reader must wait for one of them. payload is what the request
-// brings, in bytes.
-func (r *reader) delegates(payload int) bool {
+// A way is how a request is carried out.
+type way int
+
+const (
+	byReader   way = iota // by the reader, and the watcher sees whether it takes long
+	underGuard            // by the reader, until the client sends something more
+	byWorker
+)
+
+// guardedCalls is how many long calls of all connections may be under way where one more
+// is made by a reader. Where there are more, one reader that hands several requests out
+// costs less than several that get the connection one after the other.
+const guardedCalls = 3
+
+// way chooses one for the next request, which brings payload in bytes. Where as many calls
+// are under way as there may be it is for a worker, so that the reader waits for one of
+// them.
+func (r *reader) way(payload int) way {
 	c := r.c
-	return c.pace.slow.Load() && c.s.opts.Threads > 1 && c.lane.Parallel() && !r.alone(payload) ||
-		len(c.slots) == cap(c.slots)
-}
-
-// loneRequests is how many requests tell that a client asks for one thing at a time.
-const loneRequests = 4
-
-// alone takes in that a request came, and tells whether the client waits for each reply
-// before it asks again. To hand its calls over only costs time, unless they take so long
-// that one more request had better not wait for the watcher.
-func (r *reader) alone(payload int) bool {
-	if len(r.c.slots) > 0 || len(r.in.unread()) > payload {
-		r.lone = 0
-		return false
+	switch {
+	case len(c.slots) == cap(c.slots):
+		return byWorker
+	case !c.pace.slow.Load() || c.s.opts.Threads == 1 || !c.lane.Parallel():
+		return byReader
 	}
-	r.lone = min(r.lone+1, loneRequests)
-	return r.lone == loneRequests && r.c.pace.cost.Load() < int64(mostlyLong)
+	if !c.slow {
+		c.slow = true
+		c.s.slow.Add(1)
+		if err := c.s.guard.join(c); err != nil {
+			c.call.Debugf("join guard: %v", err)
+		} else {
+			c.guarded = true
+		}
+	}
+	if !c.guarded || len(r.in.unread()) > payload || r.in.full || c.s.long.Load() > guardedCalls {
+		return byWorker
+	}
+	return underGuard
 }
 
 // delegate hands r.req to a worker, when there is one free.
@@ -76,9 +91,6 @@ func (r *reader) delegate(payload int) error {
 	}
 	if c.workers < c.s.opts.Threads {
 		c.workers++
-		if c.workers == 1 {
-			c.s.crews.Add(1)
-		}
 		c.s.workers.Add(1)
 		c.calling.Add(1)
 		go c.work(j)
@@ -119,20 +131,11 @@ func (t *task) do(j job) {
 	c := t.c
 	t.req, t.arrived, t.tail, t.working, t.held = j.req, j.arrived, j.tail, j.working, j.held
 	if t.err = t.reserve(); t.err == nil {
-		began := time.Now()
-		t.begin()
-		c.lane.Lock()
+		var payload []byte
 		if j.payload != nil {
-			t.run(j.payload.B[:j.req.Length])
-		} else {
-			t.run(nil)
+			payload = j.payload.B[:j.req.Length]
 		}
-		c.lane.Unlock()
-		d := time.Since(began)
-		contended := d > longCall && c.s.opts.contended(began.Add(d))
-		if c.pace.delegated(d, j.req.Length, contended) {
-			c.s.blocks()
-		}
+		t.long(payload)
 	}
 	t.worked()
 	j.payload.Release()
@@ -143,4 +146,26 @@ func (t *task) do(j job) {
 	t.send()
 	t.out.release() // it may be long until the next job
 	<-c.slots
+}
+
+// long makes a call where calls take long.
+func (t *task) long(payload []byte) {
+	c := t.c
+	c.s.long.Add(1)
+	t.begin()
+	c.lane.Lock()
+	began := time.Now()
+	contended := c.s.opts.contended(began)
+	var waits int64
+	if contended {
+		waits = threadWaits()
+	}
+	t.run(payload)
+	d := time.Since(began)
+	c.lane.Unlock()
+	starved := contended && d > longCall && threadWaits() == waits
+	if c.pace.long(d, t.req.Length, starved) && !contended {
+		c.s.blocks()
+	}
+	c.s.long.Add(-1)
 }
