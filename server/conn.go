@@ -48,7 +48,7 @@ type conn struct {
 	slots   chan struct{} // holds a token for each call that is not the reader's own
 	spares  spares
 	workers int          // started so far; the reader's
-	slow    bool         // calls take long, or did: it is among Server.slow; the reader's
+	slow    bool         // calls take long, or did; the reader's
 	guarded bool         // it has joined the guard; the reader's
 	numbers atomic.Int32 // of tasks so far
 	jobs    chan job
@@ -130,9 +130,6 @@ func (c *conn) done() {
 	}
 	c.s.exports.leave(c)
 	c.log.Info("client disconnected", "seconds", time.Since(c.began).Seconds())
-	if c.slow {
-		c.s.slow.Add(-1)
-	}
 	if c.guarded {
 		c.s.guard.leave(c)
 	}

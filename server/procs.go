@@ -10,7 +10,7 @@ import (
 const (
 	// procStep is by how much GOMAXPROCS is raised: each time stops the process for
 	// some ten microseconds.
-	procStep = 16
+	procStep = 8
 	// procCalm is after how long without calls that block it is set back.
 	procCalm = time.Second
 )
@@ -28,14 +28,15 @@ type processors struct {
 	timer  *time.Timer // of settle, while raised
 }
 
-// blocks takes in that calls take long and that threads need not wait for processors.
-// Three for four workers are enough, and one for each reader.
+// blocks takes in that calls take long while threads need not wait for processors. Seven
+// processors for eight calls are enough, and as soon as there are more than calls those
+// that are free cost time.
 func (s *Server) blocks() {
 	p := &s.processors
 	if !p.blocking.Load() {
 		p.blocking.Store(true)
 	}
-	if n := min(int(s.workers.Load()*3/4+s.slow.Load()), s.opts.MaxProcs); n > int(p.now.Load()) {
+	if n := min(int(s.handed.Load()*7/8), s.opts.MaxProcs); n > int(p.now.Load()) {
 		p.raise(n, s.opts.MaxProcs)
 	}
 }

@@ -405,7 +405,7 @@ func (r *reader) finishTaken() (gone bool, err error) {
 	if r.regain() {
 		return false, nil
 	}
-	<-c.slots
+	c.freeSlot()
 	return true, nil
 }
 

@@ -101,8 +101,8 @@ type Server struct {
 
 	guard   guard
 	workers atomic.Int64 // of all connections
+	handed  atomic.Int64 // calls under way, or about to be, that are not a reader's own
 	long    atomic.Int64 // calls under way where calls take long
-	slow    atomic.Int64 // connections whose calls take long, or did
 
 	// For Stats.
 	tlsFailures atomic.Uint64

@@ -124,9 +124,7 @@ func (x *watched) look() (watch, lost bool) {
 // takeAway gives the connection to another goroutine, unless the call under way of r
 // returns just now.
 func (c *conn) takeAway(r *reader, state uint64) {
-	select {
-	case c.slots <- struct{}{}: // the call's from now on
-	default:
+	if !c.trySlot() { // the call's from now on
 		return // cannot be: the reader makes no call of its own then
 	}
 	n := c.spares.get()
@@ -137,7 +135,7 @@ func (c *conn) takeAway(r *reader, state uint64) {
 	defer r.moving.Unlock()
 	if !c.transfer(r, state, n) {
 		c.spares.put(n)
-		<-c.slots
+		c.freeSlot()
 		return
 	}
 	c.calling.Add(1)

@@ -44,7 +44,6 @@ func (r *reader) way(payload int) way {
 	}
 	if !c.slow {
 		c.slow = true
-		c.s.slow.Add(1)
 		if err := c.s.guard.join(c); err != nil {
 			c.call.Debugf("join guard: %v", err)
 		} else {
@@ -77,12 +76,11 @@ func (r *reader) delegate(payload int) error {
 	j.arrived, j.working, j.held = r.arrived, r.working, r.held
 	r.working, r.held = 0, held{}
 	c := r.c
-	select {
-	case c.slots <- struct{}{}:
-	default:
+	if !c.trySlot() {
 		// What is ready to be sent need not wait for a call to return.
 		r.send()
 		c.slots <- struct{}{}
+		c.s.handed.Add(1)
 	}
 	select {
 	case c.jobs <- j:
@@ -145,6 +143,23 @@ func (t *task) do(j job) {
 	}
 	t.send()
 	t.out.release() // it may be long until the next job
+	c.freeSlot()
+}
+
+// trySlot takes a slot for a call that is not the reader's own, if one is free.
+func (c *conn) trySlot() bool {
+	select {
+	case c.slots <- struct{}{}:
+		c.s.handed.Add(1)
+		return true
+	default:
+		return false
+	}
+}
+
+// freeSlot gives a slot back.
+func (c *conn) freeSlot() {
+	c.s.handed.Add(-1)
 	<-c.slots
 }
 
