@@ -48,7 +48,7 @@ func (g *guard) leave(c *conn) {
 	defer g.mu.Unlock()
 	_ = unix.EpollCtl(g.fd, unix.EPOLL_CTL_DEL, c.sock.fd, nil)
 	if g.users--; g.users == 0 {
-		_ = g.set.Close() // ends wait
+		_ = g.set.Close() // ends report
 	}
 }
 
@@ -63,12 +63,12 @@ func (g *guard) begin(s *Server) error {
 		return os.NewSyscallError("fcntl", err)
 	}
 	g.fd, g.set = fd, os.NewFile(uintptr(fd), "epoll")
-	go wait(g.set, s)
+	go report(g.set, s)
 	return nil
 }
 
-// wait gives connections on until the set is closed.
-func wait(set *os.File, s *Server) {
+// report gives on the connections that set reports, until it is closed.
+func report(set *os.File, s *Server) {
 	raw, err := set.SyscallConn()
 	if err != nil {
 		return // closed already

@@ -17,7 +17,7 @@ const (
 // A row is one thing to measure with each server.
 type row struct {
 	client    string // load, fio, nbdcopy or qemu-img
-	plugin    string // memory, file, null, pattern, slow, mixed or delay
+	plugin    string // memory, file, null, pattern, slow, brief, mixed or delay
 	op        string // read, write or status
 	size      int    // of a request, in bytes
 	depth     int    // requests in flight on each connection
@@ -152,6 +152,8 @@ func otherRows() (rows []row) {
 		{plugin: "slow", depth: 16}, {plugin: "slow", depth: 64}, {plugin: "slow", depth: 64, threads: 64},
 		{plugin: "slow", depth: 16, op: "write"}, {plugin: "slow", depth: 1},
 		{plugin: "slow", depth: 16, conns: 2}, {plugin: "slow", depth: 16, conns: 4}, {plugin: "slow", depth: 4, conns: 16},
+		{plugin: "brief", depth: 1}, {plugin: "brief", depth: 2}, {plugin: "brief", depth: 16}, {plugin: "brief", depth: 64},
+		{plugin: "brief", depth: 1, conns: 2}, {plugin: "brief", depth: 16, conns: 4},
 		{plugin: "mixed", depth: 64}, {plugin: "mixed", depth: 16, conns: 4}, {plugin: "mixed", depth: 1},
 		{plugin: "delay", depth: 16}, {plugin: "delay", depth: 64, threads: 64},
 		{client: "fio", depth: 1}, {client: "fio", depth: 64}, {client: "fio", op: "write", depth: 64},

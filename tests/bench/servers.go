@@ -165,6 +165,8 @@ func (b *bench) pluginArgs(r row) (args []string) {
 		args = append(args, plugin("file"), "file="+b.path("data"))
 	case "slow":
 		args = append(args, b.path("slow.so"))
+	case "brief":
+		args = append(args, b.path("slow.so"), "us=100")
 	case "mixed":
 		args = append(args, b.path("slow.so"), "every=20", "us=5000")
 	case "delay":
