@@ -62,11 +62,10 @@ func threadWaits() int64 {
 // runnable is how many threads run or wait for a processor, 0 where loadavg is not as
 // proc_loadavg(5) says.
 func runnable(loadavg []byte) int {
-	fields := bytes.Fields(loadavg)
-	if len(fields) < 4 {
-		return 0
+	for range 3 { // the averages
+		_, loadavg, _ = bytes.Cut(loadavg, []byte(" "))
 	}
-	running, _, _ := bytes.Cut(fields[3], []byte("/"))
+	running, _, _ := bytes.Cut(loadavg, []byte("/"))
 	n, _ := strconv.Atoi(string(running))
 	return n
 }

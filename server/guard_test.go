@@ -1,7 +1,9 @@
 package server
 
 import (
+	"io"
 	"log/slog"
+	"math"
 	"net"
 	"sync/atomic"
 	"testing"
@@ -79,7 +81,7 @@ func only(t *testing.T, s *Server) *conn {
 	return nil
 }
 
-// A held is a plugin whose reads from an offset on wait until they are let go, each by
+// heldReads is a plugin whose reads at some offsets wait until they are let go, each by
 // its own channel, and whose calls are taken for slow.
 type heldReads struct {
 	*hooked
@@ -197,11 +199,7 @@ func TestGuardEnds(t *testing.T) {
 			close(h.release[held])
 			eventually(t, s, func(st Stats) bool { return st.Connections == 0 })
 			await(t, "closed once", func() bool { return h.closes.Load() == 1 })
-			await(t, "the guard has nobody", func() bool {
-				s.guard.mu.Lock()
-				defer s.guard.mu.Unlock()
-				return s.guard.users == 0
-			})
+			await(t, "the guard has nobody", func() bool { return guards(s) == 0 })
 		})
 	}
 }
@@ -247,4 +245,47 @@ func TestWaits(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A long call under guard allocates nothing.
+func TestGuardAllocations(t *testing.T) {
+	h := newHooked()
+	h.before = func(_ *backend.Call, cb backend.Callback, _ uint64) error {
+		if cb == backend.Pread {
+			d := unix.NsecToTimespec(int64(longCall))
+			_ = unix.Nanosleep(&d, nil)
+		}
+		return nil
+	}
+	s, _, path := serve(t, h, Options{})
+	nc := raw(t, path)
+	c := only(t, s)
+	c.pace.slacken()
+	read := request(protocol.Request{Type: protocol.CmdRead, Length: 512})
+	reply := make([]byte, protocol.SimpleReplySize+512)
+	// Something else in this process may allocate now and then.
+	least := math.Inf(1)
+	for range 5 {
+		least = min(least, testing.AllocsPerRun(100, func() {
+			if _, err := nc.Write(read); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.ReadFull(nc, reply); err != nil {
+				t.Fatal(err)
+			}
+		}))
+	}
+	if least > 0 {
+		t.Errorf("got %v allocations a request, want none", least)
+	}
+	if guards(s) != 1 || !c.pace.slow.Load() || s.Stats().Workers > 0 {
+		t.Error("the calls were not under guard")
+	}
+}
+
+// guards is how many connections have joined the guard of s.
+func guards(s *Server) int {
+	s.guard.mu.Lock()
+	defer s.guard.mu.Unlock()
+	return s.guard.users
 }
