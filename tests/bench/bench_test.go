@@ -38,7 +38,7 @@ func TestRun(t *testing.T) {
 		"qemu-img:file/read/2m/d8/c1/unix/f0", "start to first reply, --run", "resident memory",
 	}
 	var out bytes.Buffer
-	err := run([]string{"--nbdhost", "/usr/bin/nbdkit", "--rounds", "1", "--seconds", "0.1", "--copy", "16", "--doc", doc,
+	err := run([]string{"--nbdhost", "/usr/bin/nbdkit", "--rounds", "1", "--seconds", "0.2", "--copy", "16", "--doc", doc,
 		"--rows", "^(" + strings.Join(rows, "|") + ")$"}, &out, io.Discard)
 	if err != nil || strings.Contains(out.String(), "FAILED") {
 		t.Fatalf("%v\n%s", err, &out)
