@@ -110,7 +110,7 @@ func guardedRead(t *testing.T, nc net.Conn, c *conn, cookie, off uint64, inFligh
 	var r *reader
 	await(t, "the call is under guard", func() bool {
 		r = c.reader.Load()
-		return c.inFlight() == inFlight && r != nil && r.state.Load()&mask == guarded
+		return r != nil && r.state.Load()&mask == guarded && c.inFlight() == inFlight
 	})
 	return r
 }
@@ -235,7 +235,10 @@ func TestWaits(t *testing.T) {
 			client := dial(t, uri, nil)
 			c := only(t, s)
 			c.pace.slacken()
-			for p := make([]byte, 512); calls.Load() < 4*meanCalls && c.pace.slow.Load(); {
+			// Where other programs take the processors a call that only computes may seem to
+			// wait, when the runtime moves it: that must pass.
+			deadline := time.Now().Add(time.Minute)
+			for p := make([]byte, 512); c.pace.slow.Load() && (!tt.slow || calls.Load() < 4*meanCalls) && time.Now().Before(deadline); {
 				if err := client.Pread(p, 0); err != nil {
 					t.Fatal(err)
 				}
