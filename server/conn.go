@@ -50,6 +50,7 @@ type conn struct {
 	workers int          // started so far; the reader's
 	slow    bool         // calls take long, or did; the reader's
 	guarded bool         // it has joined the guard; the reader's
+	full    bool         // TLS may hold more than it has given; the reader's
 	numbers atomic.Int32 // of tasks so far
 	jobs    chan job
 	pace    pace

@@ -52,7 +52,7 @@ func TestWay(t *testing.T) {
 		{"as many as may be", false, 0, threads, 0, false, byWorker},
 	} {
 		r.c.pace.slow.Store(tt.slow)
-		r.in.start, r.in.end, r.in.full = 0, payload+tt.beside, tt.full
+		r.in.start, r.in.end, r.c.full = 0, payload+tt.beside, tt.full
 		for range tt.slots {
 			r.c.slots <- struct{}{}
 		}
@@ -81,25 +81,20 @@ func only(t *testing.T, s *Server) *conn {
 	return nil
 }
 
-// heldReads is a plugin whose reads at some offsets wait until they are let go, each by
-// its own channel, and whose calls are taken for slow.
-type heldReads struct {
-	*hooked
-	release map[uint64]chan struct{}
-}
-
-func holdReads(offsets ...uint64) heldReads {
-	h := heldReads{newHooked(), map[uint64]chan struct{}{}}
+// hold returns a plugin whose reads and writes at some offsets wait until they are let
+// go, each by its own channel.
+func hold(offsets ...uint64) (h *hooked, release map[uint64]chan struct{}) {
+	h, release = newHooked(), map[uint64]chan struct{}{}
 	for _, off := range offsets {
-		h.release[off] = make(chan struct{})
+		release[off] = make(chan struct{})
 	}
 	h.before = func(_ *backend.Call, cb backend.Callback, off uint64) error {
-		if c := h.release[off]; cb == backend.Pread && c != nil {
+		if c := release[off]; c != nil && (cb == backend.Pread || cb == backend.Pwrite) {
 			<-c
 		}
 		return nil
 	}
-	return h
+	return h, release
 }
 
 // guardedRead sends a read that is held, and waits until it is under guard.
@@ -137,8 +132,8 @@ func TestGuard(t *testing.T) { plainAndTLS(t, testGuard) }
 
 func testGuard(t *testing.T, o Options) {
 	const a, b = 1 << 20, 2 << 20
-	h := holdReads(a, b)
-	s, _, path := serve(t, h.hooked, o)
+	h, release := hold(a, b)
+	s, _, path := serve(t, h, o)
 	var nc net.Conn
 	if o.TLS != nil {
 		nc = rawTLS(t, path)
@@ -153,12 +148,12 @@ func testGuard(t *testing.T, o Options) {
 		if second := guardedRead(t, nc, c, 3, b, 2); second == first {
 			t.Fatal("one reader in two calls")
 		}
-		h.release[a] <- struct{}{}
+		release[a] <- struct{}{}
 		receive(t, nc, 1)
 		await(t, "the first has the connection again", func() bool { return c.reader.Load() == first })
 		send(t, nc, 4, 0)
 		receive(t, nc, 4)
-		h.release[b] <- struct{}{}
+		release[b] <- struct{}{}
 		receive(t, nc, 3)
 		await(t, "no call is under way", func() bool { return c.inFlight() == 0 })
 	}
@@ -167,6 +162,39 @@ func testGuard(t *testing.T, o Options) {
 	}
 	if st := s.Stats(); st.Workers != 0 {
 		t.Errorf("%d workers, want none", st.Workers)
+	}
+}
+
+// A request that came with the end of another one's payload does not wait for that call.
+func TestGuardPayload(t *testing.T) {
+	const held, size = 1 << 20, 4096
+	h, release := hold(held)
+	s, _, path := serve(t, h, Options{})
+	nc := raw(t, path)
+	c := only(t, s)
+	c.pace.slacken()
+	write := append(request(protocol.Request{Type: protocol.CmdWrite, Cookie: 1, Offset: held, Length: size}), make([]byte, size)...)
+	if _, err := nc.Write(write[:size/2]); err != nil {
+		t.Fatal(err)
+	}
+	sc, err := nc.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	await(t, "the first half is received", func() (received bool) {
+		_ = sc.Control(func(fd uintptr) {
+			n, err := unix.IoctlGetInt(int(fd), unix.SIOCOUTQ)
+			received = err == nil && n == 0
+		})
+		return received
+	})
+	if _, err := nc.Write(append(write[size/2:], request(protocol.Request{Type: protocol.CmdRead, Cookie: 2, Length: 512})...)); err != nil {
+		t.Fatal(err)
+	}
+	receive(t, nc, 2)
+	close(release[held])
+	if r := readReply(t, nc, 0); r.Cookie != 1 || r.Errno != 0 {
+		t.Errorf("got %+v", r)
 	}
 }
 
@@ -188,15 +216,15 @@ func TestGuardEnds(t *testing.T) {
 		{"the call ends it", func(s *Server, nc net.Conn) { s.Disconnect(1, true) }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			h := holdReads(held)
-			s, _, path := serve(t, h.hooked, Options{})
+			h, release := hold(held)
+			s, _, path := serve(t, h, Options{})
 			nc := raw(t, path)
 			guardedRead(t, nc, only(t, s), 1, held, 1)
 			tt.end(s, nc)
 			if h.closes.Load() != 0 {
 				t.Error("closed during the call")
 			}
-			close(h.release[held])
+			close(release[held])
 			eventually(t, s, func(st Stats) bool { return st.Connections == 0 })
 			await(t, "closed once", func() bool { return h.closes.Load() == 1 })
 			await(t, "the guard has nobody", func() bool { return guards(s) == 0 })

@@ -39,7 +39,6 @@ type input struct {
 	err     error
 
 	receives int  // since the reader has looked
-	full     bool // TLS may have more to give without a byte from the socket
 	boundary bool // of two requests: more may fail with errIdle
 
 	// Of linger: how many times it was in vain in a row, and how many more times

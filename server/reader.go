@@ -247,6 +247,9 @@ func (r *reader) request() (gone bool, err error) {
 			r.drop()
 			return false, err
 		}
+		if way == underGuard && r.more(int(payload)) {
+			return false, r.delegate(int(payload))
+		}
 	}
 	if way == underGuard {
 		r.sample()

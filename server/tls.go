@@ -107,7 +107,7 @@ func (in *input) decrypt(fd uintptr) (int, error) {
 	p := in.buf.B[in.end:]
 	p = p[:min(len(p), max(decryptSize, in.room-(in.end-in.start)))]
 	n, err := in.secure.TryRead(fd, p)
-	in.full = n == len(p)
+	in.c.full = n == len(p)
 	return n, err
 }
 

@@ -50,10 +50,16 @@ func (r *reader) way(payload int) way {
 			c.guarded = true
 		}
 	}
-	if !c.guarded || len(r.in.unread()) > payload || r.in.full || c.s.long.Load() > guardedCalls {
+	if !c.guarded || r.more(payload) || c.s.long.Load() > guardedCalls {
 		return byWorker
 	}
 	return underGuard
+}
+
+// more tells whether there may be more requests of which the guard would not hear:
+// in hand behind the payload, or held by TLS.
+func (r *reader) more(payload int) bool {
+	return len(r.in.unread()) > payload || r.c.full
 }
 
 // delegate hands r.req to a worker, when there is one free.
@@ -79,8 +85,7 @@ func (r *reader) delegate(payload int) error {
 	if !c.trySlot() {
 		// What is ready to be sent need not wait for a call to return.
 		r.send()
-		c.slots <- struct{}{}
-		c.s.handed.Add(1)
+		c.takeSlot()
 	}
 	select {
 	case c.jobs <- j:
@@ -155,6 +160,12 @@ func (c *conn) trySlot() bool {
 	default:
 		return false
 	}
+}
+
+// takeSlot is trySlot, and waits until one is free.
+func (c *conn) takeSlot() {
+	c.slots <- struct{}{}
+	c.s.handed.Add(1)
 }
 
 // freeSlot gives a slot back.
