@@ -26,7 +26,8 @@ type contention struct {
 	answer  atomic.Bool
 }
 
-// processContention is the only one; it is first asked for when a call is long.
+// processContention is the only one; it is made when a call has lost its connection, or
+// where calls take long.
 var processContention = sync.OnceValue(func() *contention {
 	c := &contention{start: time.Now()}
 	c.loadavg, _ = os.Open("/proc/loadavg")

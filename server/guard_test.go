@@ -134,12 +134,7 @@ func testGuard(t *testing.T, o Options) {
 	const a, b = 1 << 20, 2 << 20
 	h, release := hold(a, b)
 	s, _, path := serve(t, h, o)
-	var nc net.Conn
-	if o.TLS != nil {
-		nc = rawTLS(t, path)
-	} else {
-		nc = raw(t, path)
-	}
+	nc := rawFor(t, path, o)
 	c := only(t, s)
 	for range 10 {
 		first := guardedRead(t, nc, c, 1, a, 1)
@@ -240,10 +235,7 @@ func TestWaits(t *testing.T) {
 		call func()
 		slow bool
 	}{
-		{"wait", func() {
-			d := unix.NsecToTimespec(int64(2 * longCall))
-			_ = unix.Nanosleep(&d, nil)
-		}, true},
+		{"wait", func() { block(2 * longCall) }, true},
 		{"compute", func() {
 			for began := time.Now(); time.Since(began) < 2*longCall; {
 			}
@@ -278,13 +270,18 @@ func TestWaits(t *testing.T) {
 	}
 }
 
+// block keeps the thread waiting, as a call in C may.
+func block(d time.Duration) {
+	t := unix.NsecToTimespec(int64(d))
+	_ = unix.Nanosleep(&t, nil)
+}
+
 // A long call under guard allocates nothing.
 func TestGuardAllocations(t *testing.T) {
 	h := newHooked()
 	h.before = func(_ *backend.Call, cb backend.Callback, _ uint64) error {
 		if cb == backend.Pread {
-			d := unix.NsecToTimespec(int64(longCall))
-			_ = unix.Nanosleep(&d, nil)
+			block(longCall)
 		}
 		return nil
 	}

@@ -18,9 +18,7 @@ func parkSoon(t *testing.T, h *hooked) (s *Server, nc net.Conn, c *conn) {
 	s, _, path := serve(t, h, Options{parkAfter: time.Microsecond})
 	nc = raw(t, path)
 	ask(t, nc, 1)
-	s.mu.Lock()
-	c = s.conns[1]
-	s.mu.Unlock()
+	c = only(t, s)
 	awaitParked(t, c)
 	return s, nc, c
 }
@@ -70,9 +68,7 @@ func TestPark(t *testing.T) {
 func TestParkAtOnce(t *testing.T) {
 	s, _, path := serve(t, newHooked(), Options{parkAfter: time.Hour})
 	nc := raw(t, path)
-	s.mu.Lock()
-	c := s.conns[1]
-	s.mu.Unlock()
+	c := only(t, s)
 	await(t, "the transmission phase has begun", func() bool { return c.calling.Load() == 1 })
 	if c.reader.Load() != nil {
 		t.Error("there is a reader")
@@ -94,15 +90,8 @@ func TestParkAtOnce(t *testing.T) {
 // A connection is not parked under a call, and a call that is slow does not keep it from
 // being served.
 func TestParkNotBusy(t *testing.T) {
-	h := newHooked()
 	const stuck = 1 << 20
-	release := make(chan struct{})
-	h.before = func(_ *backend.Call, cb backend.Callback, off uint64) error {
-		if cb == backend.Pread && off == stuck {
-			<-release
-		}
-		return nil
-	}
+	h, release := hold(stuck)
 	s, nc, c := parkSoon(t, h)
 	nc.Write(request(protocol.Request{Type: protocol.CmdRead, Cookie: 1, Offset: stuck, Length: 512}))
 	await(t, "the call is under way", func() bool { return c.inFlight() == 1 })
@@ -113,7 +102,7 @@ func TestParkNotBusy(t *testing.T) {
 	if s.Stats().InFlight != 1 || c.reader.Load() == nil {
 		t.Error("parked under a call")
 	}
-	close(release)
+	close(release[stuck])
 	if r := readReply(t, nc, 512); r.Cookie != 1 {
 		t.Errorf("got %+v", r)
 	}

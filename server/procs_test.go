@@ -13,8 +13,8 @@ import (
 // uncontended is for tests that other programs' work must not change.
 func uncontended(time.Time) bool { return false }
 
-// While calls block there are processors for three in four workers, but no more than may be, and
-// after that as many as before.
+// While calls block there are processors for seven in eight of them, in steps, but no more
+// than may be, and after that as many as before.
 func TestProcessors(t *testing.T) {
 	const threads, before = 8, 4
 	t.Cleanup(func() { runtime.GOMAXPROCS(runtime.GOMAXPROCS(before)) })

@@ -22,13 +22,18 @@ func hot(t *testing.T, h *hooked, o Options) (s *Server, nc net.Conn, uri string
 	t.Helper()
 	o.maxHot, o.hotGap = 1, time.Hour
 	s, uri, path := serve(t, h, o)
-	if o.TLS != nil {
-		nc = rawTLS(t, path)
-	} else {
-		nc = raw(t, path)
-	}
+	nc = rawFor(t, path, o)
 	becomeHot(t, s, nc)
 	return s, nc, uri
+}
+
+// rawFor is raw, or rawTLS where o says so.
+func rawFor(t *testing.T, path string, o Options) net.Conn {
+	t.Helper()
+	if o.TLS != nil {
+		return rawTLS(t, path)
+	}
+	return raw(t, path)
 }
 
 // plainAndTLS runs f without and with TLS.

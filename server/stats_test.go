@@ -152,9 +152,7 @@ func testInFlight(t *testing.T, workers bool) {
 	s, _, path := serve(t, h, Options{Threads: 4})
 	nc := raw(t, path)
 	if workers {
-		s.mu.Lock()
-		s.conns[1].pace.slacken()
-		s.mu.Unlock()
+		only(t, s).pace.slacken()
 	}
 	var out []byte
 	for i := range uint64(4) {

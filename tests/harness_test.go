@@ -264,7 +264,10 @@ func (s *server) stop() {
 		select {
 		case <-s.exited:
 		default:
-			s.signal(syscall.SIGTERM)
+			// It may have ended just now; how it did is seen below.
+			if err := syscall.Kill(s.pid, syscall.SIGTERM); err != nil && !errors.Is(err, syscall.ESRCH) {
+				s.t.Fatalf("signal server: %v", err)
+			}
 		}
 		s.wait()
 	})
