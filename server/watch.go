@@ -124,6 +124,11 @@ func (x *watched) look() (watch, lost bool) {
 // takeAway gives the connection to another goroutine, unless the call under way of r
 // returns just now.
 func (c *conn) takeAway(r *reader, state uint64) {
+	r.moving.Lock()
+	defer r.moving.Unlock()
+	if r.state.Load() != state {
+		return // before it has a slot, which another call might want
+	}
 	if !c.trySlot() { // the call's from now on
 		return // cannot be: the reader makes no call of its own then
 	}
@@ -131,8 +136,6 @@ func (c *conn) takeAway(r *reader, state uint64) {
 	if n == nil {
 		n = newReader(c, c.number())
 	}
-	r.moving.Lock()
-	defer r.moving.Unlock()
 	if !c.transfer(r, state, n) {
 		c.spares.put(n)
 		c.freeSlot()
