@@ -253,11 +253,14 @@ const (
 	// hot.
 	temperEvery = 32
 	quickGap    = 8 * time.Millisecond
+	// A receive that brings deepReceive requests or more, half of them once the socket is
+	// hot, makes wake-ups rare: of such connections twice as many may be hot.
+	deepReceive = 6
 )
 
 // maxHot is how many sockets may be hot at a time, and more active ones than that make all
-// of them cold: the reader of each keeps a thread, and one of GOMAXPROCS; with very many of
-// them the poller, which finds several at once, does better.
+// of them cold: the reader of each keeps a thread, and one of GOMAXPROCS (see blocks); with
+// very many of them the poller, which finds several at once, does better.
 func maxHot() int32 {
 	procs := runtime.GOMAXPROCS(0)
 	if procs < 4 {
@@ -273,24 +276,43 @@ func (r *reader) temper() {
 	if r.in.receives < temperEvery {
 		return
 	}
-	receives := time.Duration(r.in.receives)
+	receives, most := r.in.receives, r.mostHot()
 	r.in.receives = 0
-	crowded := c.s.watcher.active.Load() > c.s.opts.maxHot
+	crowded := c.s.watcher.active.Load() > most
 	if c.sock.hot() {
 		if crowded {
 			c.cool()
+		} else {
+			c.s.blocks()
 		}
 		return
 	}
 	now := time.Now()
-	quick := now.Sub(r.tempered) < receives*c.s.opts.hotGap
-	r.tempered = now
+	quick := now.Sub(r.tempered.at) < time.Duration(receives)*c.s.opts.hotGap
+	r.tempered.at = now
 	if !quick || crowded || len(c.slots) > 0 {
 		return
 	}
-	if c.s.hot.Add(1) > c.s.opts.maxHot || !c.sender.pause(c.heat) || !c.sock.hot() {
+	if c.s.hot.Add(1) > most || !c.sender.pause(c.heat) || !c.sock.hot() {
 		c.s.hot.Add(-1)
 	}
+}
+
+// mostHot is how many sockets may be hot so that r's may, by how many requests the last
+// receives have brought.
+func (r *reader) mostHot() int32 {
+	o := &r.c.s.opts
+	least := uint64(deepReceive * r.in.receives)
+	if r.c.sock.hot() {
+		least /= 2
+	}
+	calls := r.state.Load() / next
+	deep := calls-r.tempered.calls >= least
+	r.tempered.calls = calls
+	if deep && o.MaxProcs > 0 { // else they could keep all processors
+		return 2 * o.maxHot
+	}
+	return o.maxHot
 }
 
 func (c *conn) heat() {

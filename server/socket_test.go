@@ -123,21 +123,59 @@ func testHotAndCold(t *testing.T, o Options) {
 	}
 }
 
-// A second connection that is active makes the first one cold, and the reader that
-// had it loses nothing.
+// Two connections are active where one socket may be hot. The first one becomes cold, and
+// the reader that had it loses nothing; but where receives bring many requests both may be
+// hot if there may be processors for both.
 func TestHotGivesWay(t *testing.T) {
-	s, uri, path := serve(t, newHooked(), Options{maxHot: 1, hotGap: time.Hour})
-	nc := raw(t, path)
-	becomeHot(t, s, nc)
-	other := dial(t, uri, nil)
-	p := make([]byte, 4096)
-	await(t, "the first connection gives way", func() bool {
-		if err := other.Pread(p, 0); err != nil {
-			t.Fatal(err)
+	const before = 2
+	for _, tt := range []struct {
+		name               string
+		together, maxProcs int
+		wantHot            int32
+		wantProcs          int
+	}{
+		{"one at a time", 1, 60, 0, before},
+		{"many at a time", 2 * deepReceive, 60, 2, procStep},
+		{"many at a time, few processors", 2 * deepReceive, 0, 0, before},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Cleanup(func() { runtime.GOMAXPROCS(runtime.GOMAXPROCS(before)) })
+			runtime.GOMAXPROCS(before)
+			s, _, path := serve(t, newHooked(), Options{maxHot: 1, hotGap: time.Hour, MaxProcs: tt.maxProcs})
+			first, second := raw(t, path), raw(t, path)
+			becomeHot(t, s, first)
+			most, rounds := int32(0), 0
+			await(t, "as many are hot as may be", func() bool {
+				askTogether(t, first, tt.together)
+				askTogether(t, second, tt.together)
+				rounds++
+				most = max(most, s.hot.Load())
+				return s.hot.Load() == tt.wantHot && runtime.GOMAXPROCS(0) == tt.wantProcs && rounds > 8*temperEvery
+			})
+			if most > max(tt.wantHot, 1) {
+				t.Errorf("%d were hot, need at most %d", most, max(tt.wantHot, 1))
+			}
+			await(t, "the processors are set back", func() bool { return runtime.GOMAXPROCS(0) == before })
+		})
+	}
+}
+
+// askTogether makes n requests, which are sent at once.
+func askTogether(t *testing.T, nc net.Conn, n int) {
+	t.Helper()
+	const size = 512
+	var b []byte
+	for i := range n {
+		b = append(b, request(protocol.Request{Type: protocol.CmdRead, Cookie: uint64(i), Length: size})...)
+	}
+	if _, err := nc.Write(b); err != nil {
+		t.Fatal(err)
+	}
+	for range n {
+		if r := readReply(t, nc, size); r.Errno != 0 {
+			t.Fatalf("got %+v", r)
 		}
-		ask(t, nc, 1)
-		return s.hot.Load() == 0
-	})
+	}
 }
 
 // ends are the ways in which a connection ends that is idle.
