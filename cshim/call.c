@@ -46,18 +46,16 @@ enter (struct nbdhost_frame *f, nbdhost_ctx ctx, int worker, void *fn)
   errno = 0;
 }
 
-/* Enter a callback for a request. count and offset are those of a range. */
+/* Enter a data callback; range: count and offset are those of one. */
 static void
-enter_request (struct nbdhost_frame *f, nbdhost_ctx ctx,
-               struct nbdhost_origin origin, void *fn, bool range,
-               uint32_t count, uint64_t offset)
+enter_data (struct nbdhost_frame *f, const struct nbdhost_data *d, bool range)
 {
-  enter (f, ctx, origin.worker, fn);
+  enter (f, (nbdhost_ctx) d->ctx, d->worker, (void *) d->fn);
   f->kind = range ? NBDHOST_RANGE : NBDHOST_REQUEST;
   f->cookie = f->outer && f->outer->kind != NBDHOST_NO_REQUEST
-                ? f->outer->cookie : origin.cookie;
-  f->count = count;
-  f->offset = offset;
+                ? f->outer->cookie : d->cookie;
+  f->count = d->count;
+  f->offset = d->offset;
 }
 
 /* Pop the frame. On failure the error is that of nbdkit_set_error, else errno
@@ -93,12 +91,12 @@ leave (struct nbdhost_frame *f, int64_t ret, void *ptr, bool failed)
     return leave (&f, ret, NULL, ret < 0);                      \
   } while (0)
 
-/* The same for a request. */
-#define CALL_REQUEST(ctx, origin, range, count, offset, type, fn, ...)  \
+/* The same for a data callback. */
+#define CALL_DATA(d, range, type, ...)                          \
   do {                                                          \
     struct nbdhost_frame f;                                     \
-    enter_request (&f, ctx, origin, fn, range, count, offset);  \
-    int64_t ret = ((type) fn) (__VA_ARGS__);                    \
+    enter_data (&f, &d, range);                                 \
+    int64_t ret = ((type) d.fn) (__VA_ARGS__);                  \
     return leave (&f, ret, NULL, ret < 0);                      \
   } while (0)
 
@@ -214,42 +212,38 @@ nbdhost_call_block_size (nbdhost_ctx ctx, void *fn, void *handle)
   return b;
 }
 
+/* ---- data callbacks ---- */
+
+#define HANDLE(d) ((void *) (d).handle)
+#define BUF(d) ((void *) (d).buf)
+
 struct nbdhost_result
-nbdhost_call_pread (nbdhost_ctx ctx, struct nbdhost_origin origin, void *fn,
-                    void *handle, void *buf, uint32_t count, uint64_t offset,
-                    uint32_t flags)
+nbdhost_call_pread (struct nbdhost_data d)
 {
-  CALL_REQUEST (ctx, origin, true, count, offset,
-                int (*) (void *, void *, uint32_t, uint64_t, uint32_t), fn,
-                handle, buf, count, offset, flags);
+  CALL_DATA (d, true,
+             int (*) (void *, void *, uint32_t, uint64_t, uint32_t),
+             HANDLE (d), BUF (d), d.count, d.offset, d.flags);
 }
 
 struct nbdhost_result
-nbdhost_call_pwrite (nbdhost_ctx ctx, struct nbdhost_origin origin, void *fn,
-                     void *handle, const void *buf, uint32_t count,
-                     uint64_t offset, uint32_t flags)
+nbdhost_call_pwrite (struct nbdhost_data d)
 {
-  CALL_REQUEST (ctx, origin, true, count, offset,
-                int (*) (void *, const void *, uint32_t, uint64_t, uint32_t),
-                fn, handle, buf, count, offset, flags);
+  CALL_DATA (d, true,
+             int (*) (void *, const void *, uint32_t, uint64_t, uint32_t),
+             HANDLE (d), BUF (d), d.count, d.offset, d.flags);
 }
 
 struct nbdhost_result
-nbdhost_call_flush (nbdhost_ctx ctx, struct nbdhost_origin origin, void *fn,
-                    void *handle, uint32_t flags)
+nbdhost_call_flush (struct nbdhost_data d)
 {
-  CALL_REQUEST (ctx, origin, false, 0, 0, int (*) (void *, uint32_t), fn,
-                handle, flags);
+  CALL_DATA (d, false, int (*) (void *, uint32_t), HANDLE (d), d.flags);
 }
 
 struct nbdhost_result
-nbdhost_call_range (nbdhost_ctx ctx, struct nbdhost_origin origin, void *fn,
-                    void *handle, uint32_t count, uint64_t offset,
-                    uint32_t flags)
+nbdhost_call_range (struct nbdhost_data d)
 {
-  CALL_REQUEST (ctx, origin, true, count, offset,
-                int (*) (void *, uint32_t, uint64_t, uint32_t), fn, handle,
-                count, offset, flags);
+  CALL_DATA (d, true, int (*) (void *, uint32_t, uint64_t, uint32_t),
+             HANDLE (d), d.count, d.offset, d.flags);
 }
 
 /* ptr: the list, the caller's to free, also on failure; NULL: out of memory, or
@@ -257,86 +251,74 @@ nbdhost_call_range (nbdhost_ctx ctx, struct nbdhost_origin origin, void *fn,
  * end of the disk, which cuts it, is not known here.
  */
 struct nbdhost_result
-nbdhost_call_extents (nbdhost_ctx ctx, struct nbdhost_origin origin, void *fn,
-                      void *handle, uint32_t count, uint64_t offset,
-                      uint32_t flags)
+nbdhost_call_extents (struct nbdhost_data d)
 {
   struct nbdhost_frame f;
   struct nbdkit_extents *extents;
   int ret = -1;
 
-  enter_request (&f, ctx, origin, fn, true, count, offset);
-  extents = nbdkit_extents_new (offset, INT64_MAX);
+  enter_data (&f, &d, true);
+  extents = nbdkit_extents_new (d.offset, INT64_MAX);
   if (extents == NULL)
     nbdkit_set_error (errno);
   else
     ret = ((int (*) (void *, uint32_t, uint64_t, uint32_t,
-                     struct nbdkit_extents *)) fn) (handle, count, offset,
-                                                    flags, extents);
+                     struct nbdkit_extents *)) d.fn) (
+        HANDLE (d), d.count, d.offset, d.flags, extents);
   return leave (&f, ret, extents, ret < 0);
 }
 
 struct nbdhost_result
-nbdhost_call_pread_v1 (nbdhost_ctx ctx, struct nbdhost_origin origin, void *fn,
-                       void *handle, void *buf, uint32_t count,
-                       uint64_t offset)
+nbdhost_call_pread_v1 (struct nbdhost_data d)
 {
-  CALL_REQUEST (ctx, origin, true, count, offset,
-                int (*) (void *, void *, uint32_t, uint64_t), fn, handle, buf,
-                count, offset);
+  CALL_DATA (d, true, int (*) (void *, void *, uint32_t, uint64_t), HANDLE (d),
+             BUF (d), d.count, d.offset);
 }
 
 struct nbdhost_result
-nbdhost_call_pwrite_v1 (nbdhost_ctx ctx, struct nbdhost_origin origin,
-                        void *fn, void *handle, const void *buf,
-                        uint32_t count, uint64_t offset)
+nbdhost_call_pwrite_v1 (struct nbdhost_data d)
 {
-  CALL_REQUEST (ctx, origin, true, count, offset,
-                int (*) (void *, const void *, uint32_t, uint64_t), fn, handle,
-                buf, count, offset);
+  CALL_DATA (d, true, int (*) (void *, const void *, uint32_t, uint64_t),
+             HANDLE (d), BUF (d), d.count, d.offset);
 }
 
 struct nbdhost_result
-nbdhost_call_flush_v1 (nbdhost_ctx ctx, struct nbdhost_origin origin, void *fn,
-                       void *handle)
+nbdhost_call_flush_v1 (struct nbdhost_data d)
 {
-  CALL_REQUEST (ctx, origin, false, 0, 0, int (*) (void *), fn, handle);
+  CALL_DATA (d, false, int (*) (void *), HANDLE (d));
 }
 
 struct nbdhost_result
-nbdhost_call_trim_v1 (nbdhost_ctx ctx, struct nbdhost_origin origin, void *fn,
-                      void *handle, uint32_t count, uint64_t offset)
+nbdhost_call_trim_v1 (struct nbdhost_data d)
 {
-  CALL_REQUEST (ctx, origin, true, count, offset,
-                int (*) (void *, uint32_t, uint64_t), fn, handle, count,
-                offset);
+  CALL_DATA (d, true, int (*) (void *, uint32_t, uint64_t), HANDLE (d),
+             d.count, d.offset);
 }
 
 struct nbdhost_result
-nbdhost_call_zero_v1 (nbdhost_ctx ctx, struct nbdhost_origin origin, void *fn,
-                      void *handle, uint32_t count, uint64_t offset,
-                      int may_trim)
+nbdhost_call_zero_v1 (struct nbdhost_data d)
 {
-  CALL_REQUEST (ctx, origin, true, count, offset,
-                int (*) (void *, uint32_t, uint64_t, int), fn, handle, count,
-                offset, may_trim);
+  CALL_DATA (d, true, int (*) (void *, uint32_t, uint64_t, int), HANDLE (d),
+             d.count, d.offset, d.flags != 0);
 }
 
 /* ---- filters ---- */
 
 /* Call a data callback of a filter, which gives its error in *err. */
-#define CALL_ERR(ctx, origin, range, count, offset, type, fn, ...)      \
+#define CALL_ERR(d, range, type, ...)                           \
   do {                                                          \
     struct nbdhost_frame f;                                     \
     struct nbdhost_result r;                                    \
     int err = 0, ret;                                           \
-    enter_request (&f, ctx, origin, fn, range, count, offset);  \
-    ret = ((type) fn) (__VA_ARGS__, &err);                      \
+    enter_data (&f, &d, range);                                 \
+    ret = ((type) d.fn) (NEXT (d), HANDLE (d), __VA_ARGS__, &err); \
     r = leave (&f, ret, NULL, ret < 0);                         \
     if (ret < 0 && err != 0)                                    \
       r.err = err;                                              \
     return r;                                                   \
   } while (0)
+
+#define NEXT(d) ((nbdhost_next) (d).next)
 
 typedef struct nbdkit_backend *backend;
 
@@ -490,53 +472,44 @@ nbdhost_filter_block_size (nbdhost_ctx ctx, int worker, void *fn,
 }
 
 struct nbdhost_result
-nbdhost_filter_io (nbdhost_ctx ctx, struct nbdhost_origin origin, void *fn,
-                   nbdhost_next next, void *handle, void *buf, uint32_t count,
-                   uint64_t offset, uint32_t flags)
+nbdhost_filter_io (struct nbdhost_data d)
 {
-  CALL_ERR (ctx, origin, true, count, offset,
+  CALL_ERR (d, true,
             int (*) (nbdhost_next, void *, void *, uint32_t, uint64_t, uint32_t, int *),
-            fn, next, handle, buf, count, offset, flags);
+            BUF (d), d.count, d.offset, d.flags);
 }
 
 struct nbdhost_result
-nbdhost_filter_flush (nbdhost_ctx ctx, struct nbdhost_origin origin, void *fn,
-                      nbdhost_next next, void *handle, uint32_t flags)
+nbdhost_filter_flush (struct nbdhost_data d)
 {
-  CALL_ERR (ctx, origin, false, 0, 0,
-            int (*) (nbdhost_next, void *, uint32_t, int *), fn, next, handle,
-            flags);
+  CALL_ERR (d, false, int (*) (nbdhost_next, void *, uint32_t, int *), d.flags);
 }
 
 struct nbdhost_result
-nbdhost_filter_range (nbdhost_ctx ctx, struct nbdhost_origin origin, void *fn,
-                      nbdhost_next next, void *handle, uint32_t count,
-                      uint64_t offset, uint32_t flags)
+nbdhost_filter_range (struct nbdhost_data d)
 {
-  CALL_ERR (ctx, origin, true, count, offset,
+  CALL_ERR (d, true,
             int (*) (nbdhost_next, void *, uint32_t, uint64_t, uint32_t, int *),
-            fn, next, handle, count, offset, flags);
+            d.count, d.offset, d.flags);
 }
 
 /* ptr: as that of nbdhost_call_extents. */
 struct nbdhost_result
-nbdhost_filter_extents (nbdhost_ctx ctx, struct nbdhost_origin origin,
-                        void *fn, nbdhost_next next, void *handle,
-                        uint32_t count, uint64_t offset, uint32_t flags)
+nbdhost_filter_extents (struct nbdhost_data d)
 {
   struct nbdhost_frame f;
   struct nbdhost_result r;
   struct nbdkit_extents *extents;
   int err = 0, ret = -1;
 
-  enter_request (&f, ctx, origin, fn, true, count, offset);
-  extents = nbdkit_extents_new (offset, INT64_MAX);
+  enter_data (&f, &d, true);
+  extents = nbdkit_extents_new (d.offset, INT64_MAX);
   if (extents == NULL)
     err = errno;
   else
     ret = ((int (*) (nbdhost_next, void *, uint32_t, uint64_t, uint32_t,
-                     struct nbdkit_extents *, int *)) fn) (
-        next, handle, count, offset, flags, extents, &err);
+                     struct nbdkit_extents *, int *)) d.fn) (
+        NEXT (d), HANDLE (d), d.count, d.offset, d.flags, extents, &err);
   r = leave (&f, ret, extents, ret < 0);
   if (ret < 0 && err != 0)
     r.err = err;

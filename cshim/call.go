@@ -266,37 +266,47 @@ func CallBlockSize(ctx *Context, fn, handle unsafe.Pointer) (minimum, preferred,
 	return uint32(b.minimum), uint32(b.preferred), uint32(b.maximum), result(b.r)
 }
 
-// Origin says which of a client's requests a call is for. Where a callback of a filter
-// makes the call, on the same thread, it is the filter's request.
-type Origin struct {
-	Worker int    // of the connection, from 0, or Handshake or Foreign; for log lines
-	Cookie uint64 // the client's; for crash reports and log lines
+// Data is a data callback with its arguments, as far as it has them.
+type Data struct {
+	Ctx    *Context
+	Fn     unsafe.Pointer
+	Next   *Next // of a filter
+	Handle unsafe.Pointer
+	// Worker and Cookie say which of a client's requests the call is for: the worker of
+	// the connection, from 0, or Handshake or Foreign, for log lines, and the client's
+	// cookie, for crash reports as well. Where a callback of a filter makes the call, on
+	// the same thread, it is the filter's request.
+	Worker int
+	Cookie uint64
+	Buf    unsafe.Pointer // the callee's for this call; who calls keeps it alive
+	Count  uint32
+	Offset uint64
+	Flags  uint32
 }
 
-func (o Origin) c() C.struct_nbdhost_origin {
-	return C.struct_nbdhost_origin{worker: C.int(o.Worker), cookie: C.uint64_t(o.Cookie)}
+func (d *Data) c() C.struct_nbdhost_data {
+	return C.struct_nbdhost_data{
+		ctx: number(unsafe.Pointer(d.Ctx.ptr())), fn: number(d.Fn),
+		next: number(unsafe.Pointer(d.Next.ptr())), handle: number(d.Handle),
+		worker: C.int(d.Worker), cookie: C.uint64_t(d.Cookie),
+		buf: number(d.Buf), count: C.uint32_t(d.Count), flags: C.uint32_t(d.Flags), offset: C.uint64_t(d.Offset),
+	}
 }
 
-// CallPread calls .pread: count bytes at offset into buf, which is C memory and the
-// callee's for this call.
-func CallPread(ctx *Context, o Origin, fn, handle, buf unsafe.Pointer, count uint32, offset uint64, flags uint32) Result {
-	return result(C.nbdhost_call_pread(ctx.ptr(), o.c(), fn, handle, buf, C.uint32_t(count), C.uint64_t(offset), C.uint32_t(flags)))
-}
+// number is for pointers to what does not move: the garbage collector does not see it.
+func number(p unsafe.Pointer) C.uintptr_t { return C.uintptr_t(uintptr(p)) }
+
+// CallPread calls .pread: Count bytes at Offset into Buf.
+func CallPread(d *Data) Result { return result(C.nbdhost_call_pread(d.c())) }
 
 // CallPwrite calls .pwrite, as [CallPread].
-func CallPwrite(ctx *Context, o Origin, fn, handle, buf unsafe.Pointer, count uint32, offset uint64, flags uint32) Result {
-	return result(C.nbdhost_call_pwrite(ctx.ptr(), o.c(), fn, handle, buf, C.uint32_t(count), C.uint64_t(offset), C.uint32_t(flags)))
-}
+func CallPwrite(d *Data) Result { return result(C.nbdhost_call_pwrite(d.c())) }
 
 // CallFlush calls .flush.
-func CallFlush(ctx *Context, o Origin, fn, handle unsafe.Pointer, flags uint32) Result {
-	return result(C.nbdhost_call_flush(ctx.ptr(), o.c(), fn, handle, C.uint32_t(flags)))
-}
+func CallFlush(d *Data) Result { return result(C.nbdhost_call_flush(d.c())) }
 
 // CallRange calls .trim, .zero or .cache.
-func CallRange(ctx *Context, o Origin, fn, handle unsafe.Pointer, count uint32, offset uint64, flags uint32) Result {
-	return result(C.nbdhost_call_range(ctx.ptr(), o.c(), fn, handle, C.uint32_t(count), C.uint64_t(offset), C.uint32_t(flags)))
-}
+func CallRange(d *Data) Result { return result(C.nbdhost_call_range(d.c())) }
 
 // Extent is a run of bytes of one type (NBDKIT_EXTENT_HOLE, NBDKIT_EXTENT_ZERO).
 type Extent struct {
@@ -304,13 +314,13 @@ type Extent struct {
 	Type           uint32
 }
 
-// CallExtents calls .extents for [offset, offset+count) and, if it succeeds, add for
+// CallExtents calls .extents for [Offset, Offset+Count) and, if it succeeds, add for
 // each extent that it added: contiguous, from offset on, neighbours of different
 // types, at most 1 Mi of them. They may reach beyond the range, and even the disk:
 // the caller cuts them. On success there may be none: that is the module's error.
 // An error of add ends this and is returned.
-func CallExtents(ctx *Context, o Origin, fn, handle unsafe.Pointer, count uint32, offset uint64, flags uint32, add func(offset, length uint64, typ uint32) error) (Result, error) {
-	return eachExtent(C.nbdhost_call_extents(ctx.ptr(), o.c(), fn, handle, C.uint32_t(count), C.uint64_t(offset), C.uint32_t(flags)), add)
+func CallExtents(d *Data, add func(offset, length uint64, typ uint32) error) (Result, error) {
+	return eachExtent(C.nbdhost_call_extents(d.c()), add)
 }
 
 // eachExtent frees the list, which no copy is made of: block status, which clients ask
@@ -334,29 +344,19 @@ func eachExtent(r C.struct_nbdhost_result, add func(offset, length uint64, typ u
 }
 
 // CallPreadV1 calls the .pread of plugin API version 1.
-func CallPreadV1(ctx *Context, o Origin, fn, handle, buf unsafe.Pointer, count uint32, offset uint64) Result {
-	return result(C.nbdhost_call_pread_v1(ctx.ptr(), o.c(), fn, handle, buf, C.uint32_t(count), C.uint64_t(offset)))
-}
+func CallPreadV1(d *Data) Result { return result(C.nbdhost_call_pread_v1(d.c())) }
 
 // CallPwriteV1 calls the .pwrite of plugin API version 1.
-func CallPwriteV1(ctx *Context, o Origin, fn, handle, buf unsafe.Pointer, count uint32, offset uint64) Result {
-	return result(C.nbdhost_call_pwrite_v1(ctx.ptr(), o.c(), fn, handle, buf, C.uint32_t(count), C.uint64_t(offset)))
-}
+func CallPwriteV1(d *Data) Result { return result(C.nbdhost_call_pwrite_v1(d.c())) }
 
 // CallFlushV1 calls the .flush of plugin API version 1.
-func CallFlushV1(ctx *Context, o Origin, fn, handle unsafe.Pointer) Result {
-	return result(C.nbdhost_call_flush_v1(ctx.ptr(), o.c(), fn, handle))
-}
+func CallFlushV1(d *Data) Result { return result(C.nbdhost_call_flush_v1(d.c())) }
 
 // CallTrimV1 calls the .trim of plugin API version 1.
-func CallTrimV1(ctx *Context, o Origin, fn, handle unsafe.Pointer, count uint32, offset uint64) Result {
-	return result(C.nbdhost_call_trim_v1(ctx.ptr(), o.c(), fn, handle, C.uint32_t(count), C.uint64_t(offset)))
-}
+func CallTrimV1(d *Data) Result { return result(C.nbdhost_call_trim_v1(d.c())) }
 
 // CallZeroV1 calls the .zero of plugin API version 1.
-func CallZeroV1(ctx *Context, o Origin, fn, handle unsafe.Pointer, count uint32, offset uint64, mayTrim bool) Result {
-	return result(C.nbdhost_call_zero_v1(ctx.ptr(), o.c(), fn, handle, C.uint32_t(count), C.uint64_t(offset), cbool(mayTrim)))
-}
+func CallZeroV1(d *Data) Result { return result(C.nbdhost_call_zero_v1(d.c())) }
 
 // LiveObjects counts the connections, contexts and lists that have not been freed.
 func LiveObjects() int { return int(C.nbdhost_live_objects()) }

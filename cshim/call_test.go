@@ -72,40 +72,52 @@ func TestArguments(t *testing.T) {
 			}
 		}, []uint64{11, 1}},
 		{"pread", func() {
-			ret(0, cshim.CallPread(ctx, cshim.Origin{Worker: 3}, fn("pread"), h, dp, 16, offset, flags))
+			ret(0, cshim.CallPread(&cshim.Data{Ctx: ctx, Worker: 3, Fn: fn("pread"), Handle: h, Buf: dp, Count: 16, Offset: offset, Flags: flags}))
 			if string(data) != strings.Repeat("r", 16) {
 				t.Errorf("got %q", data)
 			}
 		}, []uint64{12, 1, 16, offset, uint64(flags), dn}},
-		{"pwrite", func() { ret(0, cshim.CallPwrite(ctx, cshim.Origin{}, fn("pwrite"), h, dp, count, offset, flags)) },
+		{"pwrite", func() {
+			ret(0, cshim.CallPwrite(&cshim.Data{Ctx: ctx, Fn: fn("pwrite"), Handle: h, Buf: dp, Count: count, Offset: offset, Flags: flags}))
+		},
 			[]uint64{13, 1, uint64(count), offset, uint64(flags), dn}},
-		{"flush", func() { ret(0, cshim.CallFlush(ctx, cshim.Origin{}, fn("flush"), h, flags)) }, []uint64{14, 1, uint64(flags)}},
-		{"range", func() { ret(0, cshim.CallRange(ctx, cshim.Origin{}, fn("range"), h, count, offset, flags)) },
+		{"flush", func() { ret(0, cshim.CallFlush(&cshim.Data{Ctx: ctx, Fn: fn("flush"), Handle: h, Flags: flags})) }, []uint64{14, 1, uint64(flags)}},
+		{"range", func() {
+			ret(0, cshim.CallRange(&cshim.Data{Ctx: ctx, Fn: fn("range"), Handle: h, Count: count, Offset: offset, Flags: flags}))
+		},
 			[]uint64{15, 1, uint64(count), offset, uint64(flags)}},
 		{"extents", func() {
 			var got extents
-			r, err := cshim.CallExtents(ctx, cshim.Origin{}, fn("extents"), h, 100, 1000, flags, got.add)
+			r, err := cshim.CallExtents(&cshim.Data{Ctx: ctx, Fn: fn("extents"), Handle: h, Count: 100, Offset: 1000, Flags: flags}, got.add)
 			ret(0, r)
 			if want := (extents{{1000, 20, 1}, {1020, 1<<32 - 1, 3}}); err != nil || !slices.Equal(got, want) {
 				t.Errorf("got %v, %v, need %v", got, err, want)
 			}
 			// The first error is the last call.
 			n := 0
-			if _, err := cshim.CallExtents(ctx, cshim.Origin{}, fn("extents"), h, 100, 1000, flags, func(uint64, uint64, uint32) error {
+			if _, err := cshim.CallExtents(&cshim.Data{Ctx: ctx, Fn: fn("extents"), Handle: h, Count: 100, Offset: 1000, Flags: flags}, func(uint64, uint64, uint32) error {
 				n++
 				return syscall.ERANGE
 			}); err != syscall.ERANGE || n != 1 {
 				t.Errorf("got %v after %d calls, need ERANGE after 1", err, n)
 			}
 		}, []uint64{16, 1, 100, 1000, uint64(flags)}},
-		{"pread_v1", func() { ret(0, cshim.CallPreadV1(ctx, cshim.Origin{}, fn("pread_v1"), h, dp, count, offset)) },
+		{"pread_v1", func() {
+			ret(0, cshim.CallPreadV1(&cshim.Data{Ctx: ctx, Fn: fn("pread_v1"), Handle: h, Buf: dp, Count: count, Offset: offset}))
+		},
 			[]uint64{17, 1, uint64(count), offset, 0, dn}},
-		{"pwrite_v1", func() { ret(0, cshim.CallPwriteV1(ctx, cshim.Origin{}, fn("pwrite_v1"), h, dp, count, offset)) },
+		{"pwrite_v1", func() {
+			ret(0, cshim.CallPwriteV1(&cshim.Data{Ctx: ctx, Fn: fn("pwrite_v1"), Handle: h, Buf: dp, Count: count, Offset: offset}))
+		},
 			[]uint64{18, 1, uint64(count), offset, 0, dn}},
-		{"flush_v1", func() { ret(0, cshim.CallFlushV1(ctx, cshim.Origin{}, fn("flush_v1"), h)) }, []uint64{19, 1}},
-		{"trim_v1", func() { ret(0, cshim.CallTrimV1(ctx, cshim.Origin{}, fn("trim_v1"), h, count, offset)) },
+		{"flush_v1", func() { ret(0, cshim.CallFlushV1(&cshim.Data{Ctx: ctx, Fn: fn("flush_v1"), Handle: h})) }, []uint64{19, 1}},
+		{"trim_v1", func() {
+			ret(0, cshim.CallTrimV1(&cshim.Data{Ctx: ctx, Fn: fn("trim_v1"), Handle: h, Count: count, Offset: offset}))
+		},
 			[]uint64{20, 1, uint64(count), offset}},
-		{"zero_v1", func() { ret(0, cshim.CallZeroV1(ctx, cshim.Origin{}, fn("zero_v1"), h, count, offset, true)) },
+		{"zero_v1", func() {
+			ret(0, cshim.CallZeroV1(&cshim.Data{Ctx: ctx, Fn: fn("zero_v1"), Handle: h, Count: count, Offset: offset, Flags: 1}))
+		},
 			[]uint64{21, 1, uint64(count), offset, 1}},
 		{"list", func() {
 			got, r := cshim.CallListExports(ctx, fn("list"), true, true)
@@ -173,13 +185,13 @@ func TestFailedLists(t *testing.T) {
 	exports, r := cshim.CallListExports(nil, f("no_exports"), false, false)
 	failed(t, r, syscall.EIO, "no list")
 	var list extents
-	r, err := cshim.CallExtents(nil, cshim.Origin{}, f("no_extents"), nil, 10, 0, 0, list.add)
+	r, err := cshim.CallExtents(&cshim.Data{Fn: f("no_extents"), Count: 10}, list.add)
 	failed(t, r, syscall.ENOTSUP, "")
 	if exports != nil || list != nil || err != nil {
 		t.Errorf("got %v, %v, %v", exports, list, err)
 	}
 	// A range that no list can hold is refused before the callback sees it.
-	r, _ = cshim.CallExtents(nil, cshim.Origin{}, f("no_extents"), nil, 10, 1<<63, 0, nil)
+	r, _ = cshim.CallExtents(&cshim.Data{Fn: f("no_extents"), Count: 10, Offset: 1 << 63}, nil)
 	if r.Errno != syscall.ERANGE || r.Msg == "" {
 		t.Errorf("got %+v, need ERANGE", r)
 	}
@@ -200,10 +212,10 @@ func TestNestedCalls(t *testing.T) {
 	rec.onLog = func(text string) {
 		if text == "nest" {
 			failed(t, cshim.CallPreconnect(two, f("fail_plain"), false), syscall.EIO, "")
-			failed(t, cshim.CallFlush(two, cshim.Origin{Worker: 6}, f("inner"), nil, 0), syscall.EPERM, "inner two")
+			failed(t, cshim.CallFlush(&cshim.Data{Ctx: two, Worker: 6, Fn: f("inner")}), syscall.EPERM, "inner two")
 		}
 	}
-	failed(t, cshim.CallFlush(one, cshim.Origin{Worker: 5}, f("outer"), nil, 0), syscall.ENOSPC, "outer one")
+	failed(t, cshim.CallFlush(&cshim.Data{Ctx: one, Worker: 5, Fn: f("outer")}), syscall.ENOSPC, "outer one")
 	rec.expect(t, "error[1].5: outer one", "error[2].6: inner two", "debug[1].5: nest", "debug[1].5: outer is one")
 }
 
@@ -451,12 +463,12 @@ func TestAllocations(t *testing.T) {
 	see := f("see_extents")
 	list := make(extents, 0, 2)
 	if n := testing.AllocsPerRun(100, func() {
-		cshim.CallPread(ctx, cshim.Origin{}, pread, nil, buf, 4, 0, 0)
-		cshim.CallPwrite(ctx, cshim.Origin{}, pwrite, nil, buf, 4, 0, 0)
-		cshim.CallFlush(ctx, cshim.Origin{}, flush, nil, 0)
-		cshim.CallRange(ctx, cshim.Origin{}, trim, nil, 4, 0, 0)
+		cshim.CallPread(&cshim.Data{Ctx: ctx, Fn: pread, Buf: buf, Count: 4})
+		cshim.CallPwrite(&cshim.Data{Ctx: ctx, Fn: pwrite, Buf: buf, Count: 4})
+		cshim.CallFlush(&cshim.Data{Ctx: ctx, Fn: flush})
+		cshim.CallRange(&cshim.Data{Ctx: ctx, Fn: trim, Count: 4})
 		list = list[:0]
-		cshim.CallExtents(ctx, cshim.Origin{}, see, nil, 100, 0, 0, list.add)
+		cshim.CallExtents(&cshim.Data{Ctx: ctx, Fn: see, Count: 100}, list.add)
 	}); n != 0 {
 		t.Errorf("got %v allocations, need 0", n)
 	}
@@ -469,7 +481,7 @@ func BenchmarkPread(b *testing.B) {
 	pread := f("see_pread")
 	b.ReportAllocs()
 	for b.Loop() {
-		cshim.CallPread(ctx, cshim.Origin{}, pread, nil, buf, 4, 0, 0)
+		cshim.CallPread(&cshim.Data{Ctx: ctx, Fn: pread, Buf: buf, Count: 4})
 	}
 }
 
@@ -481,6 +493,6 @@ func BenchmarkExtents(b *testing.B) {
 	b.ReportAllocs()
 	for b.Loop() {
 		list = list[:0]
-		cshim.CallExtents(ctx, cshim.Origin{}, see, nil, 100, 0, 0, list.add)
+		cshim.CallExtents(&cshim.Data{Ctx: ctx, Fn: see, Count: 100}, list.add)
 	}
 }

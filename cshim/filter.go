@@ -257,23 +257,17 @@ func CallFilterBlockSize(ctx *Context, worker int, fn unsafe.Pointer, n *Next, h
 }
 
 // CallFilterIO calls .pread or .pwrite, as [CallPread].
-func CallFilterIO(ctx *Context, o Origin, fn unsafe.Pointer, n *Next, handle, buf unsafe.Pointer, count uint32, offset uint64, flags uint32) Result {
-	return result(C.nbdhost_filter_io(ctx.ptr(), o.c(), fn, n.ptr(), handle, buf, C.uint32_t(count), C.uint64_t(offset), C.uint32_t(flags)))
-}
+func CallFilterIO(d *Data) Result { return result(C.nbdhost_filter_io(d.c())) }
 
 // CallFilterFlush calls .flush.
-func CallFilterFlush(ctx *Context, o Origin, fn unsafe.Pointer, n *Next, handle unsafe.Pointer, flags uint32) Result {
-	return result(C.nbdhost_filter_flush(ctx.ptr(), o.c(), fn, n.ptr(), handle, C.uint32_t(flags)))
-}
+func CallFilterFlush(d *Data) Result { return result(C.nbdhost_filter_flush(d.c())) }
 
 // CallFilterRange calls .trim, .zero or .cache.
-func CallFilterRange(ctx *Context, o Origin, fn unsafe.Pointer, n *Next, handle unsafe.Pointer, count uint32, offset uint64, flags uint32) Result {
-	return result(C.nbdhost_filter_range(ctx.ptr(), o.c(), fn, n.ptr(), handle, C.uint32_t(count), C.uint64_t(offset), C.uint32_t(flags)))
-}
+func CallFilterRange(d *Data) Result { return result(C.nbdhost_filter_range(d.c())) }
 
 // CallFilterExtents calls .extents, as [CallExtents].
-func CallFilterExtents(ctx *Context, o Origin, fn unsafe.Pointer, n *Next, handle unsafe.Pointer, count uint32, offset uint64, flags uint32, add func(offset, length uint64, typ uint32) error) (Result, error) {
-	return eachExtent(C.nbdhost_filter_extents(ctx.ptr(), o.c(), fn, n.ptr(), handle, C.uint32_t(count), C.uint64_t(offset), C.uint32_t(flags)), add)
+func CallFilterExtents(d *Data, add func(offset, length uint64, typ uint32) error) (Result, error) {
+	return eachExtent(C.nbdhost_filter_extents(d.c()), add)
 }
 
 // Requests of filters.

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"runtime"
 	"sync/atomic"
 	"syscall"
 	"unsafe"
@@ -258,18 +259,29 @@ func (h *filterHandle) Can(c *backend.Call, cb backend.Callback) (int, error) {
 
 // The data calls. The flags have the same values on both sides.
 
+func (h *filterHandle) data(c *backend.Call, cb backend.Callback, n uint32, off uint64, flags backend.Flags) cshim.Data {
+	return cshim.Data{Ctx: h.ctx, Fn: h.f.fn[cb], Next: h.next.Load(), Handle: h.ptr, Worker: c.Worker, Cookie: c.Request.Cookie,
+		Count: n, Offset: off, Flags: uint32(flags)}
+}
+
 func (h *filterHandle) Pread(c *backend.Call, b []byte, off uint64) error {
-	return h.f.outcome(backend.Pread, cshim.CallFilterIO(h.ctx, origin(c), h.f.fn[backend.Pread], h.next.Load(), h.ptr,
-		unsafe.Pointer(unsafe.SliceData(b)), uint32(len(b)), off, 0))
+	return h.io(c, backend.Pread, b, off, 0)
 }
 
 func (h *filterHandle) Pwrite(c *backend.Call, b []byte, off uint64, flags backend.Flags) error {
-	return h.f.outcome(backend.Pwrite, cshim.CallFilterIO(h.ctx, origin(c), h.f.fn[backend.Pwrite], h.next.Load(), h.ptr,
-		unsafe.Pointer(unsafe.SliceData(b)), uint32(len(b)), off, uint32(flags)))
+	return h.io(c, backend.Pwrite, b, off, flags)
+}
+
+func (h *filterHandle) io(c *backend.Call, cb backend.Callback, b []byte, off uint64, flags backend.Flags) error {
+	d := h.data(c, cb, uint32(len(b)), off, flags)
+	d.Buf = unsafe.Pointer(unsafe.SliceData(b))
+	defer runtime.KeepAlive(b)
+	return h.f.outcome(cb, cshim.CallFilterIO(&d))
 }
 
 func (h *filterHandle) Flush(c *backend.Call) error {
-	return h.f.outcome(backend.Flush, cshim.CallFilterFlush(h.ctx, origin(c), h.f.fn[backend.Flush], h.next.Load(), h.ptr, 0))
+	d := h.data(c, backend.Flush, 0, 0, 0)
+	return h.f.outcome(backend.Flush, cshim.CallFilterFlush(&d))
 }
 
 func (h *filterHandle) Trim(c *backend.Call, n uint32, off uint64, flags backend.Flags) error {
@@ -285,11 +297,13 @@ func (h *filterHandle) Cache(c *backend.Call, n uint32, off uint64) error {
 }
 
 func (h *filterHandle) ranged(c *backend.Call, cb backend.Callback, n uint32, off uint64, flags backend.Flags) error {
-	return h.f.outcome(cb, cshim.CallFilterRange(h.ctx, origin(c), h.f.fn[cb], h.next.Load(), h.ptr, n, off, uint32(flags)))
+	d := h.data(c, cb, n, off, flags)
+	return h.f.outcome(cb, cshim.CallFilterRange(&d))
 }
 
 func (h *filterHandle) Extents(c *backend.Call, n uint32, off uint64, flags backend.Flags, x *backend.Extents) error {
-	r, err := cshim.CallFilterExtents(h.ctx, origin(c), h.f.fn[backend.GetExtents], h.next.Load(), h.ptr, n, off, uint32(flags), x.Add)
+	d := h.data(c, backend.GetExtents, n, off, flags)
+	r, err := cshim.CallFilterExtents(&d, x.Add)
 	if err != nil {
 		return err
 	}

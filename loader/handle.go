@@ -2,6 +2,7 @@ package loader
 
 import (
 	"fmt"
+	"runtime"
 	"unsafe"
 
 	"nbdhost/backend"
@@ -59,57 +60,62 @@ func (h *handle) Can(_ *backend.Call, cb backend.Callback) (int, error) {
 
 // The data calls. The flags have the same values on both sides.
 
-// origin is what the C side is told of a call.
-func origin(c *backend.Call) cshim.Origin {
-	return cshim.Origin{Worker: c.Worker, Cookie: c.Request.Cookie}
+func (h *handle) data(c *backend.Call, cb backend.Callback, n uint32, off uint64, flags backend.Flags) cshim.Data {
+	return cshim.Data{Ctx: h.ctx, Fn: h.p.fn[cb], Handle: h.ptr, Worker: c.Worker, Cookie: c.Request.Cookie,
+		Count: n, Offset: off, Flags: uint32(flags)}
 }
 
 func (h *handle) Pread(c *backend.Call, b []byte, off uint64) error {
-	fn, buf, n := h.p.fn[backend.Pread], unsafe.Pointer(unsafe.SliceData(b)), uint32(len(b))
+	d := h.data(c, backend.Pread, uint32(len(b)), off, 0)
+	d.Buf = unsafe.Pointer(unsafe.SliceData(b))
+	defer runtime.KeepAlive(b)
 	if h.p.v1 {
-		return h.p.outcome(backend.Pread, cshim.CallPreadV1(h.ctx, origin(c), fn, h.ptr, buf, n, off))
+		return h.p.outcome(backend.Pread, cshim.CallPreadV1(&d))
 	}
-	return h.p.outcome(backend.Pread, cshim.CallPread(h.ctx, origin(c), fn, h.ptr, buf, n, off, 0))
+	return h.p.outcome(backend.Pread, cshim.CallPread(&d))
 }
 
 func (h *handle) Pwrite(c *backend.Call, b []byte, off uint64, flags backend.Flags) error {
-	fn, buf, n := h.p.fn[backend.Pwrite], unsafe.Pointer(unsafe.SliceData(b)), uint32(len(b))
+	d := h.data(c, backend.Pwrite, uint32(len(b)), off, flags)
+	d.Buf = unsafe.Pointer(unsafe.SliceData(b))
+	defer runtime.KeepAlive(b)
 	if h.p.v1 {
-		return h.p.outcome(backend.Pwrite, cshim.CallPwriteV1(h.ctx, origin(c), fn, h.ptr, buf, n, off))
+		return h.p.outcome(backend.Pwrite, cshim.CallPwriteV1(&d))
 	}
-	return h.p.outcome(backend.Pwrite, cshim.CallPwrite(h.ctx, origin(c), fn, h.ptr, buf, n, off, uint32(flags)))
+	return h.p.outcome(backend.Pwrite, cshim.CallPwrite(&d))
 }
 
 func (h *handle) Flush(c *backend.Call) error {
-	fn := h.p.fn[backend.Flush]
+	d := h.data(c, backend.Flush, 0, 0, 0)
 	if h.p.v1 {
-		return h.p.outcome(backend.Flush, cshim.CallFlushV1(h.ctx, origin(c), fn, h.ptr))
+		return h.p.outcome(backend.Flush, cshim.CallFlushV1(&d))
 	}
-	return h.p.outcome(backend.Flush, cshim.CallFlush(h.ctx, origin(c), fn, h.ptr, 0))
+	return h.p.outcome(backend.Flush, cshim.CallFlush(&d))
 }
 
 func (h *handle) Trim(c *backend.Call, n uint32, off uint64, flags backend.Flags) error {
-	fn := h.p.fn[backend.Trim]
+	d := h.data(c, backend.Trim, n, off, flags)
 	if h.p.v1 {
-		return h.p.outcome(backend.Trim, cshim.CallTrimV1(h.ctx, origin(c), fn, h.ptr, n, off))
+		return h.p.outcome(backend.Trim, cshim.CallTrimV1(&d))
 	}
-	return h.p.outcome(backend.Trim, cshim.CallRange(h.ctx, origin(c), fn, h.ptr, n, off, uint32(flags)))
+	return h.p.outcome(backend.Trim, cshim.CallRange(&d))
 }
 
 func (h *handle) Zero(c *backend.Call, n uint32, off uint64, flags backend.Flags) error {
-	fn := h.p.fn[backend.Zero]
+	d := h.data(c, backend.Zero, n, off, flags)
 	if h.p.v1 {
 		if flags&backend.FastZero != 0 {
 			return h.p.outcome(backend.Zero, cshim.Result{Ret: -1, Errno: errNotFast})
 		}
-		mayTrim := flags&backend.MayTrim != 0
-		return h.p.outcome(backend.Zero, cshim.CallZeroV1(h.ctx, origin(c), fn, h.ptr, n, off, mayTrim))
+		d.Flags &= uint32(backend.MayTrim)
+		return h.p.outcome(backend.Zero, cshim.CallZeroV1(&d))
 	}
-	return h.p.outcome(backend.Zero, cshim.CallRange(h.ctx, origin(c), fn, h.ptr, n, off, uint32(flags)))
+	return h.p.outcome(backend.Zero, cshim.CallRange(&d))
 }
 
 func (h *handle) Extents(c *backend.Call, n uint32, off uint64, flags backend.Flags, x *backend.Extents) error {
-	r, err := cshim.CallExtents(h.ctx, origin(c), h.p.fn[backend.GetExtents], h.ptr, n, off, uint32(flags), x.Add)
+	d := h.data(c, backend.GetExtents, n, off, flags)
+	r, err := cshim.CallExtents(&d, x.Add)
 	if err != nil {
 		return err
 	}
@@ -117,5 +123,6 @@ func (h *handle) Extents(c *backend.Call, n uint32, off uint64, flags backend.Fl
 }
 
 func (h *handle) Cache(c *backend.Call, n uint32, off uint64) error {
-	return h.p.outcome(backend.Cache, cshim.CallRange(h.ctx, origin(c), h.p.fn[backend.Cache], h.ptr, n, off, 0))
+	d := h.data(c, backend.Cache, n, off, 0)
+	return h.p.outcome(backend.Cache, cshim.CallRange(&d))
 }
