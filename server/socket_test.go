@@ -67,6 +67,23 @@ func ask(t *testing.T, nc net.Conn, n int) {
 	}
 }
 
+// askTogether makes n reads of size bytes, which are sent at once.
+func askTogether(t *testing.T, nc net.Conn, n, size int) {
+	t.Helper()
+	var b []byte
+	for i := range n {
+		b = append(b, request(protocol.Request{Type: protocol.CmdRead, Cookie: uint64(i), Length: uint64(size)})...)
+	}
+	if _, err := nc.Write(b); err != nil {
+		t.Fatal(err)
+	}
+	for range n {
+		if r := readReply(t, nc, size); r.Errno != 0 {
+			t.Fatalf("got %+v", r)
+		}
+	}
+}
+
 func await(t *testing.T, what string, f func() bool) {
 	t.Helper()
 	for deadline := time.Now().Add(time.Minute); !f(); runtime.Gosched() {
@@ -100,19 +117,7 @@ func testHotAndCold(t *testing.T, o Options) {
 	for range 3 {
 		await(t, "the socket cools", func() bool { return s.hot.Load() == 0 })
 		// More than the socket holds.
-		const n, size = 16, 1 << 20
-		var b []byte
-		for i := range n {
-			b = append(b, request(protocol.Request{Type: protocol.CmdRead, Cookie: uint64(i), Length: size})...)
-		}
-		if _, err := nc.Write(b); err != nil {
-			t.Fatal(err)
-		}
-		for range n {
-			if r := readReply(t, nc, size); r.Errno != 0 {
-				t.Fatalf("got %+v", r)
-			}
-		}
+		askTogether(t, nc, 16, 1<<20)
 		becomeHot(t, s, nc)
 	}
 	if domain, err := unix.GetsockoptInt(int(fd.Load()), unix.SOL_SOCKET, unix.SO_DOMAIN); err != nil || domain != unix.AF_UNIX {
@@ -146,8 +151,8 @@ func TestHotGivesWay(t *testing.T) {
 			becomeHot(t, s, first)
 			most, rounds := int32(0), 0
 			await(t, "as many are hot as may be", func() bool {
-				askTogether(t, first, tt.together)
-				askTogether(t, second, tt.together)
+				askTogether(t, first, tt.together, 512)
+				askTogether(t, second, tt.together, 512)
 				rounds++
 				most = max(most, s.hot.Load())
 				return s.hot.Load() == tt.wantHot && runtime.GOMAXPROCS(0) == tt.wantProcs && rounds > 8*temperEvery
@@ -157,24 +162,6 @@ func TestHotGivesWay(t *testing.T) {
 			}
 			await(t, "the processors are set back", func() bool { return runtime.GOMAXPROCS(0) == before })
 		})
-	}
-}
-
-// askTogether makes n requests, which are sent at once.
-func askTogether(t *testing.T, nc net.Conn, n int) {
-	t.Helper()
-	const size = 512
-	var b []byte
-	for i := range n {
-		b = append(b, request(protocol.Request{Type: protocol.CmdRead, Cookie: uint64(i), Length: size})...)
-	}
-	if _, err := nc.Write(b); err != nil {
-		t.Fatal(err)
-	}
-	for range n {
-		if r := readReply(t, nc, size); r.Errno != 0 {
-			t.Fatalf("got %+v", r)
-		}
 	}
 }
 

@@ -87,6 +87,11 @@ func TestFailure(t *testing.T) {
 	if err := run([]string{"--rows", "no such row"}, &out, io.Discard); err == nil {
 		t.Error("an expression that matches nothing is no error")
 	}
+	out.Reset()
+	doc := filepath.Join(t.TempDir(), "none.md")
+	if err := run([]string{"--doc", doc}, &out, io.Discard); !errors.Is(err, os.ErrNotExist) || out.Len() > 0 {
+		t.Errorf("got %v, need that there is no %s before the first row:\n%s", err, doc, &out)
+	}
 }
 
 func TestStandardRowsAreAmongAll(t *testing.T) {

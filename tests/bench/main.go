@@ -84,6 +84,11 @@ func run(args []string, stdout, stderr io.Writer) (err error) {
 		return fmt.Errorf("read options: got %d rounds of %g seconds and %d MiB, need at least one of more than 0, and 1 MiB", b.rounds, b.seconds, *copied)
 	}
 	b.copySize = *copied * mib
+	if *doc != "" { // before the quarter of an hour that it takes
+		if _, _, err := around(*doc); err != nil {
+			return err
+		}
+	}
 
 	b.progress = io.Discard
 	if info, err := os.Stderr.Stat(); err == nil && info.Mode()&os.ModeCharDevice != 0 {

@@ -170,17 +170,26 @@ const (
 	endMark   = "<!-- bench: end -->"
 )
 
-// write puts the tables between the marks of a Markdown file, and the plots into
-// files beside it.
-func (rep *report) write(path string) error {
+// around returns what the file of the tables has before and after them.
+func around(path string) (before, after []byte, err error) {
 	old, err := os.ReadFile(path)
 	if err != nil {
-		return err
+		return nil, nil, err
 	}
 	before, rest, ok := bytes.Cut(old, []byte(beginMark))
 	_, after, ok2 := bytes.Cut(rest, []byte(endMark))
 	if !ok || !ok2 {
-		return fmt.Errorf("write %s: need a line %s and after it a line %s", path, beginMark, endMark)
+		return nil, nil, fmt.Errorf("write %s: need a line %s and after it a line %s", path, beginMark, endMark)
+	}
+	return before, after, nil
+}
+
+// write puts the tables between the marks of a Markdown file, and the plots into
+// files beside it.
+func (rep *report) write(path string) error {
+	before, after, err := around(path)
+	if err != nil {
+		return err
 	}
 	var w bytes.Buffer
 	w.Write(before)
