@@ -43,9 +43,17 @@ func (ch *Chain) leave(c *Conn) {
 
 // count notes that a data callback of a layer is being called.
 func (c *Conn) count(l *Layer, cb Callback) {
-	if i := l.index*dataCallbacks + int(cb-Pread); i < len(c.counts) {
-		c.counts[i].Add(1)
+	if n := c.counter(l, cb); n != nil {
+		n.Add(1)
 	}
+}
+
+// counter counts the calls of a layer's data callback; nil where they are not counted.
+func (c *Conn) counter(l *Layer, cb Callback) *atomic.Uint64 {
+	if i := l.index*dataCallbacks + int(cb-Pread); i < len(c.counts) {
+		return &c.counts[i]
+	}
+	return nil
 }
 
 // ModuleCalls is how often the data callbacks of one layer were called.

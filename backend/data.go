@@ -2,6 +2,7 @@ package backend
 
 import (
 	"errors"
+	"sync/atomic"
 	"syscall"
 )
 
@@ -346,4 +347,23 @@ func (s *Session) Extents(c *Call, n uint32, off uint64, flags Flags, x *Extents
 		return s.errorf(c, GetExtents, syscall.EINVAL, "extents added nothing: need at least one extent at offset %d", off)
 	}
 	return nil
+}
+
+// Direct is how a data callback of a session's module can be called without the session.
+type Direct struct {
+	Handle Handle
+	Size   uint64         // in bytes; for a range that is not within it the session is asked
+	Calls  *atomic.Uint64 // counts the calls that are made on behalf of the connection
+}
+
+// Direct returns how the Pread or Pwrite of the session's module, cb, can be called without
+// the session until that is closed, for requests without flags. ok is false where the session
+// does more than to compare the range with its size, or would ask the module something first.
+func (s *Session) Direct(c *Call, cb Callback) (d Direct, ok bool) {
+	size, canWrite := s.size.Load(), s.can[0].Load()
+	calls := c.Conn.counter(s.layer, cb)
+	if s.tracing(c) || s.layer.passes[cb] || !s.module.Has(cb) || size == 0 || cb == Pwrite && canWrite != 1+1 || calls == nil {
+		return Direct{}, false
+	}
+	return Direct{Handle: s.handle, Size: uint64(^size), Calls: calls}, true
 }

@@ -12,9 +12,11 @@
 // Filters add to both: what they call next is C too, tables of functions that make
 // one request each of the Go values ([Below], [OpenFilter], [NextSession]) whose
 // handles are in the C objects that filters hold. A handle is never used again, so
-// that a filter which uses an object too late gets an error.
+// that a filter which uses an object too late gets an error. Reads and writes need
+// no Go once [Next.Direct] has said which callback they are for.
 //
-// There is no policy here: no fallback, no range check, nothing is cached. One function of
+// There is no policy here: no fallback, nothing is asked and remembered, and a range is
+// only compared to know that there is nothing to be decided about it. One function of
 // libc is exported besides: pthread_mutex_init, which makes adaptive mutexes (mutex.c).
 //
 // # Lifecycle
@@ -43,6 +45,7 @@
 //
 // # Memory
 //
-// Conn, Context and CStr are C memory. No Go pointer is kept by C; a pointer
-// passed to a Call function is the module's until the call returns.
+// Conn, Context and CStr are C memory. No Go pointer is kept by C but that of a pinned
+// counter ([Next.Direct]); a pointer passed to a Call function is the module's until
+// the call returns.
 package cshim

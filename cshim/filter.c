@@ -1,5 +1,6 @@
 /* What filters call: the layers below them. Each function hands a request to Go,
- * where the layers are.
+ * where the layers are. Only reads and writes have a way that is shorter, once Go
+ * has said that there is nothing more to be decided.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -18,6 +19,7 @@ struct nbdkit_backend {
 struct nbdkit_context {
   uint64_t id;
   struct nbdkit_backend *backend;
+  nbdhost_next next;            /* atomic; NULL: none */
 };
 
 /* The members of struct nbdkit_next_ops, since 1.30 and before. They begin every
@@ -66,6 +68,15 @@ struct old_next_ops {
   AFTER_BLOCK_SIZE
 };
 
+/* See nbdhost_next_direct. */
+struct direct {
+  bool known;                   /* atomic: the rest is there */
+  struct nbdhost_data data;
+  struct nbdkit_context *filter;
+  uint64_t size;
+  uint64_t *calls;              /* atomic */
+};
+
 struct next {
   union {
     struct nbdkit_next_ops now;
@@ -73,6 +84,7 @@ struct next {
   } ops; /* must be the first member */
   uint64_t id;
   bool extents64; /* the filter's nbdkit_extents_aligned has 64 bits of count */
+  struct direct pread, pwrite;
 };
 
 static struct next *
@@ -83,9 +95,24 @@ of_next (nbdhost_next next)
 
 /* ---- requests ---- */
 
-/* Has a request done. Where it fails, its error and message become those of the
- * callback that made it, until that sets others.
+/* What failed is for now why the callback fails that f stands for, until that sets
+ * another error. message is f's; f may be NULL.
  */
+static int
+failed (struct nbdhost_frame *f, int err, char *message)
+{
+  if (f) {
+    f->error = err;
+    free (f->message);
+    f->message = message;
+  }
+  else
+    free (message);
+  errno = err;
+  return -1;
+}
+
+/* Has a request done. */
 static int64_t
 ask (void (*go) (struct nbdhost_request *), uint64_t id,
      struct nbdhost_request *r)
@@ -103,15 +130,8 @@ ask (void (*go) (struct nbdhost_request *), uint64_t id,
   go (r);
   if (r->ret >= 0)
     return r->ret;
-  if (f) {
-    f->error = r->err;
-    free (f->message);
-    f->message = r->text;
-  }
-  else
-    free (r->text);
+  failed (f, r->err, r->text);
   r->text = NULL;
-  errno = r->err;
   return -1;
 }
 
@@ -317,6 +337,48 @@ data (nbdhost_next next, struct nbdhost_request *r, int *err)
   return -1;
 }
 
+/* Calls the module below from here, if Go has said how. false: ask Go. A thread of
+ * the filter's own has no frame to make the call in.
+ */
+static bool
+call_directly (nbdhost_next next, bool write, const void *buf, uint32_t count,
+               uint64_t offset, int *err, int *ret)
+{
+  struct nbdhost_frame *f = nbdhost_frame;
+  struct nbdhost_data data;
+  struct nbdhost_result r;
+  struct direct *d;
+
+  if (next == NULL || f == NULL || nbdhost_verbose ())
+    return false;
+  d = write ? &of_next (next)->pwrite : &of_next (next)->pread;
+  if (!__atomic_load_n (&d->known, __ATOMIC_ACQUIRE) || offset > d->size ||
+      count > d->size - offset)
+    return false;
+  data = d->data;
+  if (d->filter) {
+    data.next = (uintptr_t) __atomic_load_n (&d->filter->next,
+                                             __ATOMIC_ACQUIRE);
+    if (data.next == 0)
+      return false;
+  }
+  data.worker = f->worker;
+  data.buf = (uintptr_t) buf;
+  data.count = count;
+  data.offset = offset;
+  __atomic_fetch_add (d->calls, 1, __ATOMIC_RELAXED);
+  if (d->filter)
+    r = nbdhost_filter_io (data);
+  else if (write)
+    r = nbdhost_call_pwrite (data);
+  else
+    r = nbdhost_call_pread (data);
+  *ret = r.ret < 0 ? failed (f, r.err, r.message) : 0;
+  if (*ret == -1 && err)
+    *err = r.err;
+  return true;
+}
+
 static int
 next_pread (nbdhost_next next, void *buf, uint32_t count, uint64_t offset,
             uint32_t flags, int *err)
@@ -324,7 +386,10 @@ next_pread (nbdhost_next next, void *buf, uint32_t count, uint64_t offset,
   struct nbdhost_request r = { .op = NBDHOST_PREAD, .buf = buf,
                                .count = count, .offset = offset,
                                .flags = flags };
+  int ret;
 
+  if (call_directly (next, false, buf, count, offset, err, &ret))
+    return ret;
   return data (next, &r, err);
 }
 
@@ -335,7 +400,10 @@ next_pwrite (nbdhost_next next, const void *buf, uint32_t count,
   struct nbdhost_request r = { .op = NBDHOST_PWRITE, .buf = (void *) buf,
                                .count = count, .offset = offset,
                                .flags = flags };
+  int ret;
 
+  if (flags == 0 && call_directly (next, true, buf, count, offset, err, &ret))
+    return ret;
   return data (next, &r, err);
 }
 
@@ -433,6 +501,33 @@ nbdhost_next_new (uint64_t id, bool block_size, bool extents64)
   next->extents64 = extents64;
   nbdhost_live_add (1);
   return &next->ops.now;
+}
+
+void
+nbdhost_filter_set_next (struct nbdkit_context *context, nbdhost_next next)
+{
+  __atomic_store_n (&context->next, next, __ATOMIC_RELEASE);
+}
+
+void
+nbdhost_filter_drop_next (struct nbdkit_context *context, nbdhost_next next)
+{
+  __atomic_compare_exchange_n (&context->next, &next, NULL, false,
+                               __ATOMIC_RELEASE, __ATOMIC_RELAXED);
+}
+
+void
+nbdhost_next_direct (nbdhost_next next, bool write, struct nbdhost_data data,
+                     struct nbdkit_context *filter, uint64_t size,
+                     uint64_t *calls)
+{
+  struct direct *d = write ? &of_next (next)->pwrite : &of_next (next)->pread;
+
+  d->data = data;
+  d->filter = filter;
+  d->size = size;
+  d->calls = calls;
+  __atomic_store_n (&d->known, true, __ATOMIC_RELEASE);
 }
 
 void

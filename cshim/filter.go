@@ -6,6 +6,7 @@ package cshim
 import "C"
 
 import (
+	"runtime"
 	"sync/atomic"
 	"syscall"
 	"unsafe"
@@ -128,6 +129,14 @@ func NewFilterContext(o OpenFilter, b *Backend) *FilterContext {
 // Handle returns what stands for the handle of a filter that has no .open.
 func (f *FilterContext) Handle() unsafe.Pointer { return unsafe.Pointer(f.c) }
 
+// SetNext says what is below the filter from now on; nil for nothing.
+func (f *FilterContext) SetNext(next *Next) {
+	C.nbdhost_filter_set_next(f.c, next.ptr())
+	if next != nil {
+		next.over.Store(f)
+	}
+}
+
 // Free frees the object once .close has returned.
 func (f *FilterContext) Free() {
 	contexts.remove(f.handle)
@@ -142,6 +151,8 @@ type Next struct {
 	c       C.nbdhost_next // not to be followed once it is freed
 	handle  uint64
 	freed   atomic.Bool
+	over    atomic.Pointer[FilterContext] // that it was put below
+	calls   runtime.Pinner
 }
 
 // NewNext makes the object for s, in the layout of the filter that is given it.
@@ -155,9 +166,26 @@ func NewNext(s NextSession, r abi.Release) *Next {
 	return n
 }
 
+// Direct makes the filter's reads, or its writes without flags, go to the module below
+// without Session: d says what is called, but for the arguments, over is the module's if it is
+// a filter, ranges that are not within size bytes still go to Session, and calls counts. Once
+// at most for reads and for writes, while the session is open.
+func (n *Next) Direct(write bool, d *Data, over *FilterContext, size uint64, calls *atomic.Uint64) {
+	var c *C.struct_nbdkit_context
+	if over != nil {
+		c = over.c
+	}
+	n.calls.Pin(calls)
+	C.nbdhost_next_direct(n.c, C.bool(write), d.c(), c, C.uint64_t(size), (*C.uint64_t)(unsafe.Pointer(calls)))
+}
+
 // Free frees the object once its session has been closed.
 func (n *Next) Free() {
 	n.freed.Store(true)
+	if over := n.over.Load(); over != nil && over.c != nil {
+		C.nbdhost_filter_drop_next(over.c, n.c)
+	}
+	n.calls.Unpin()
 	nexts.remove(n.handle)
 	C.nbdhost_filter_object_free(unsafe.Pointer(n.c))
 }

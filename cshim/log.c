@@ -84,12 +84,6 @@ nbdkit_error (const char *fmt, ...)
   va_end (args);
 }
 
-static bool
-verbose (void)
-{
-  return __atomic_load_n (&nbdhost_settings.verbose, __ATOMIC_RELAXED);
-}
-
 /* A debug message is one line of printable ASCII, whatever a module puts in it:
  * the rest is written as in C, as by nbdkit 1.42. NULL: out of memory.
  */
@@ -125,7 +119,7 @@ nbdkit_vdebug (const char *fmt, va_list args)
   int saved = errno;
   char *text, *line;
 
-  if (!verbose ())
+  if (!nbdhost_verbose ())
     return;
   if (vasprintf (&text, fmt, args) != -1) {
     line = escape (text);
@@ -142,7 +136,7 @@ nbdkit_debug (const char *fmt, ...)
 {
   va_list args;
 
-  if (!verbose ())
+  if (!nbdhost_verbose ())
     return;
   va_start (args, fmt);
   nbdkit_vdebug (fmt, args);
@@ -240,7 +234,7 @@ void
 nbdkit_debug_hexdump (const void *buf, size_t len, const char *prefix,
                       uint64_t start)
 {
-  if (verbose ())
+  if (nbdhost_verbose ())
     dump (buf, NULL, len, prefix, start);
 }
 
@@ -248,6 +242,6 @@ void
 nbdkit_debug_hexdiff (const void *buf1, const void *buf2, size_t len,
                       const char *prefix, uint64_t start)
 {
-  if (verbose ())
+  if (nbdhost_verbose ())
     dump (buf1, buf2, len, prefix, start);
 }

@@ -100,6 +100,12 @@ struct nbdhost_settings {
 
 extern struct nbdhost_settings nbdhost_settings;
 
+static inline bool
+nbdhost_verbose (void)
+{
+  return __atomic_load_n (&nbdhost_settings.verbose, __ATOMIC_RELAXED);
+}
+
 int nbdhost_init (void);       /* 0, or an errno */
 void nbdhost_set_name (const char *name);
 void nbdhost_set_verbose (int);
@@ -349,6 +355,19 @@ struct nbdkit_backend *nbdhost_backend_new (uint64_t id);
 struct nbdkit_context *nbdhost_filter_context_new (uint64_t id,
                                                    struct nbdkit_backend *);
 nbdhost_next nbdhost_next_new (uint64_t id, bool block_size, bool extents64);
+/* What is below a filter from now on, and that it is not next any more. */
+void nbdhost_filter_set_next (struct nbdkit_context *, nbdhost_next);
+void nbdhost_filter_drop_next (struct nbdkit_context *, nbdhost_next);
+
+/* How .pread or .pwrite of the session that next stands for is called without
+ * asking Go: with data, which has no arguments yet, for a range within size
+ * bytes, and counted in *calls. filter is the session's if it is one of a
+ * filter, else NULL. Once at most for each.
+ */
+void nbdhost_next_direct (nbdhost_next next, bool write,
+                          struct nbdhost_data data,
+                          struct nbdkit_context *filter, uint64_t size,
+                          uint64_t *calls);
 void nbdhost_filter_object_free (void *); /* any of the three */
 
 int nbdhost_next_config (struct nbdkit_backend *, const char *key,

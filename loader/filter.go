@@ -220,6 +220,7 @@ func (h *filterHandle) SetNext(next *cshim.Next) (previous *cshim.Next) {
 		s = n.s
 	}
 	h.s.SetNext(s)
+	h.own.SetNext(next)
 	return h.next.Swap(next)
 }
 
@@ -384,16 +385,20 @@ func (b below) Open(conn uint64, worker int, readonly bool, export string, share
 // newNext makes what the filter is given for a session of the next layer, which
 // belongs to conn.
 func (f *Filter) newNext(s *backend.Session, conn *backend.Conn) *cshim.Next {
-	n := cshim.NewNext(&nextSession{s: s, conn: conn}, f.raw.Release)
-	s.OnClose = n.Free
-	return n
+	session := &nextSession{s: s, conn: conn}
+	session.next = cshim.NewNext(session, f.raw.Release)
+	s.OnClose = session.next.Free
+	return session.next
 }
 
 // A nextSession is an open session of the layer below a filter.
 type nextSession struct {
 	s    *backend.Session
 	conn *backend.Conn
+	next *cshim.Next
 	over atomic.Pointer[backend.Session] // the filter's, if it was ever put below one
+
+	reads, writes atomic.Bool // it was looked whether they can be direct
 }
 
 func (n *nextSession) call(worker int) *backend.Call { return n.conn.Call(worker) }
@@ -449,11 +454,41 @@ func (n *nextSession) Can(worker int, what cshim.Capability) cshim.Result {
 }
 
 func (n *nextSession) Pread(worker int, p []byte, off uint64) cshim.Result {
-	return answer(n.s.Pread(n.call(worker), p, off))
+	c := n.call(worker)
+	err := n.s.Pread(c, p, off)
+	if err == nil && !n.reads.Swap(true) {
+		n.direct(c, backend.Pread)
+	}
+	return answer(err)
 }
 
 func (n *nextSession) Pwrite(worker int, p []byte, off uint64, flags uint32) cshim.Result {
-	return answer(n.s.Pwrite(n.call(worker), p, off, backend.Flags(flags)))
+	c := n.call(worker)
+	err := n.s.Pwrite(c, p, off, backend.Flags(flags))
+	if err == nil && !n.writes.Swap(true) {
+		n.direct(c, backend.Pwrite)
+	}
+	return answer(err)
+}
+
+// direct has the filter's calls of cb go to the module below without Go, where nothing more
+// is to be decided about them. It comes after one that succeeded, so what the session asks once
+// is known.
+func (n *nextSession) direct(c *backend.Call, cb backend.Callback) {
+	d, ok := n.s.Direct(c, cb)
+	if !ok {
+		return
+	}
+	switch h := d.Handle.(type) {
+	case *handle:
+		if !h.p.v1 {
+			data := h.data(c, cb, 0, 0, 0)
+			n.next.Direct(cb == backend.Pwrite, &data, nil, d.Size, d.Calls)
+		}
+	case *filterHandle:
+		data := h.data(c, cb, 0, 0, 0)
+		n.next.Direct(cb == backend.Pwrite, &data, h.own, d.Size, d.Calls)
+	}
 }
 
 func (n *nextSession) Flush(worker int) cshim.Result { return answer(n.s.Flush(n.call(worker))) }

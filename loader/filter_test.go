@@ -3,6 +3,7 @@ package loader
 import (
 	"bytes"
 	"errors"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -124,6 +125,144 @@ func TestFilterClosesNext(t *testing.T) {
 	if debug, _ := logged(); debug != "" {
 		t.Errorf("the plugin has seen after its close: %q", debug)
 	}
+}
+
+// Reads and writes that filters pass on do not come back to Go, but count, fail and write
+// debug lines as if they did.
+func TestDirect(t *testing.T) {
+	forward := compile(t, "forward.c")
+	for _, tt := range []struct {
+		name      string
+		filters   []string
+		crossings int64 // of one call from Go to C
+	}{
+		{"all have callbacks", []string{forward, forward}, 1},
+		{"one has none", []string{forward, installedFilters + "nofilter-filter.so", forward}, 2},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var filters []*Filter
+			for _, path := range tt.filters {
+				filters = append(filters, openFilter(t, path))
+			}
+			testDirect(t, filtered(t, filters...), tt.crossings)
+		})
+	}
+}
+
+func testDirect(t *testing.T, ch *backend.Chain, want int64) {
+	c := connect(t)
+	open := func() *backend.Session {
+		s, err := ch.Open(c, false, "x")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Prepare(c); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Caps(c); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { s.Finalize(c); s.Close(c) })
+		return s
+	}
+	buf, err := backend.GetBuffer(512)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer buf.Release()
+	b := buf.B[:512]
+	s := open()
+	read := func(s *backend.Session, off uint64) error { return s.Pread(c, b, off) }
+	write := func(s *backend.Session, off uint64) error { return s.Pwrite(c, b, off, 0) }
+	for _, tt := range []struct {
+		cb   backend.Callback
+		call func(s *backend.Session, off uint64) error
+	}{{backend.Pread, read}, {backend.Pwrite, write}} {
+		crossings := func() int64 {
+			const n = 100
+			before := runtime.NumCgoCall()
+			for range n {
+				if err := tt.call(s, 512); err != nil {
+					t.Fatal(err)
+				}
+			}
+			return (runtime.NumCgoCall() - before) / n
+		}
+		if err := tt.call(s, 0); err != nil {
+			t.Fatal(err)
+		}
+		if n := crossings(); n != want {
+			t.Errorf("%s: %d crossings, need %d", tt.cb, n, want)
+		}
+		SetVerbose(true)
+		if n := crossings(); n < 3 {
+			t.Errorf("%s with debug lines: %d crossings, need 3", tt.cb, n)
+		}
+		SetVerbose(false)
+		logged()
+		for _, m := range ch.Calls() {
+			m.Each(func(cb backend.Callback, calls uint64) {
+				if cb == tt.cb && calls != 201 && m.Module != "nofilter" {
+					t.Errorf("%s of %s: counted %d calls, need 201", cb, m.Module, calls)
+				}
+			})
+		}
+		// The first one of a session is not direct.
+		first, second := open(), s
+		config := func(value string) {
+			if err := ch.Config("fail", value); err != nil {
+				t.Fatal(err)
+			}
+		}
+		config(tt.cb.String())
+		through := tt.call(first, 0)
+		_, throughLog := logged()
+		direct := tt.call(second, 0)
+		_, directLog := logged()
+		config("")
+		if through == nil || direct == nil || direct.Error() != through.Error() || directLog != throughLog || throughLog == "" {
+			t.Errorf("%s failed with %v, logged %q, need %v, %q", tt.cb, direct, directLog, through, throughLog)
+		}
+	}
+	for i := range b {
+		b[i] = byte(i)
+	}
+	if err := write(s, 1024); err != nil {
+		t.Fatal(err)
+	}
+	clear(b)
+	if err := read(s, 1024); err != nil || b[511] != 255 {
+		t.Errorf("read %d, %v", b[511], err)
+	}
+}
+
+// What a filter gets for the layer below it is never one that was closed.
+func TestDirectClosesNext(t *testing.T) {
+	ch := filtered(t, openFilter(t, compile(t, "forward.c")), openFilter(t, compile(t, "filter.c", "-pthread")))
+	c := connect(t)
+	s, err := ch.Open(c, false, "x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Prepare(c); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Caps(c); err != nil {
+		t.Fatal(err)
+	}
+	buf := make([]byte, 512)
+	for _, tt := range []struct {
+		off  uint64
+		want error
+	}{{0, nil}, {0, nil}, {4096, nil}, {3072, syscall.EIO}, {4096, syscall.ENOTCONN}} {
+		if err := s.Pread(c, buf, tt.off); !errors.Is(err, tt.want) {
+			t.Errorf("at %d: got %v, need %v", tt.off, err, tt.want)
+		}
+	}
+	if err := s.Finalize(c); err != nil {
+		t.Error(err)
+	}
+	s.Close(c)
 }
 
 func TestOpenFilterFails(t *testing.T) {
