@@ -66,6 +66,9 @@ f_pread (nbdkit_next *next, void *handle, void *buf, uint32_t count,
   case 4096: /* is nothing below? */
     *err = next == NULL ? ENOTCONN : 0;
     return next == NULL ? -1 : 0;
+  case 2560: /* over the end */
+    return next->pread (next, buf, count, next->get_size (next) - count + 1, 0,
+                        err);
   case 2048: /* beyond the end */
     return next->pread (next, buf, count, UINT64_MAX - 1, 0, err);
   }
