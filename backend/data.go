@@ -360,9 +360,12 @@ type Direct struct {
 // the session until that is closed, for requests without flags. ok is false where the session
 // does more than to compare the range with its size, or would ask the module something first.
 func (s *Session) Direct(c *Call, cb Callback) (d Direct, ok bool) {
-	size, canWrite := s.size.Load(), s.can[0].Load()
+	size, canWrite := s.size.Load(), 1
+	if cb == Pwrite {
+		canWrite, _ = s.asked(CanWrite)
+	}
 	calls := c.Conn.counter(s.layer, cb)
-	if s.tracing(c) || s.layer.passes[cb] || !s.module.Has(cb) || size == 0 || cb == Pwrite && canWrite != 1+1 || calls == nil {
+	if s.tracing(c) || s.layer.passes[cb] || !s.module.Has(cb) || size == 0 || canWrite != 1 || calls == nil {
 		return Direct{}, false
 	}
 	return Direct{Handle: s.handle, Size: uint64(^size), Calls: calls}, true

@@ -258,16 +258,21 @@ func (b BlockSize) invalid() string {
 
 // ask returns the capability cb, asking only once.
 func (s *Session) ask(c *Call, cb Callback) (int, error) {
-	slot := &s.can[cb-CanWrite]
-	if n := slot.Load(); n != 0 {
-		return int(n - 1), nil
+	if n, ok := s.asked(cb); ok {
+		return n, nil
 	}
 	n, err := s.capability(c, cb)
 	if err != nil {
 		return 0, err
 	}
-	slot.Store(int32(n + 1))
+	s.can[cb-CanWrite].Store(int32(n + 1))
 	return n, nil
+}
+
+// asked returns the capability cb if it has been found out.
+func (s *Session) asked(cb Callback) (n int, ok bool) {
+	v := s.can[cb-CanWrite].Load()
+	return int(v - 1), v != 0
 }
 
 // capability finds out a capability: what follows from others, then what the
