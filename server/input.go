@@ -32,7 +32,7 @@ type input struct {
 	start, end int // what is in hand: buf.B[start:end]
 	head       int // size in bytes of what precedes a write's payload
 
-	idle    func()                // the client has nothing to say; nil for none
+	idle    func()                // before a wait with nothing in hand; nil for none
 	receive func(fd uintptr) bool // one try, for RawConn.Read
 	room    int                   // capacity that the next try needs
 	n       int                   // what it gave
@@ -112,6 +112,9 @@ func (in *input) more(n int) error {
 		}
 		if in.end > in.start && in.secure == nil {
 			in.linger()
+		}
+		if in.c.s.hot.Load() > in.c.s.opts.maxHot { // so many that it counts what each has
+			in.rest()
 		}
 		got, err := in.receiveOnce(uintptr(in.c.sock.fd))
 		switch {
@@ -203,9 +206,7 @@ func (in *input) tryReceive(fd uintptr) bool {
 		case unix.EAGAIN:
 			if in.start == in.end {
 				in.release()
-				if in.idle != nil {
-					in.idle()
-				}
+				in.rest()
 				if in.boundary {
 					in.c.rest()
 				}
@@ -218,6 +219,13 @@ func (in *input) tryReceive(fd uintptr) bool {
 			in.err = os.NewSyscallError("receive", in.err)
 		}
 		return true
+	}
+}
+
+// rest tells the reader that nothing is in hand, and that it may have to wait.
+func (in *input) rest() {
+	if in.start == in.end && in.idle != nil {
+		in.idle()
 	}
 }
 
