@@ -152,7 +152,7 @@ func TestBytesPerConnection(t *testing.T) {
 			h.server.mu.Lock()
 			c := h.server.conns[call.Conn.ID]
 			h.server.mu.Unlock()
-			c.pace.slacken()
+			c.pace.slacken(firstSlow)
 			for len(c.slots) == 0 {
 				time.Sleep(time.Millisecond)
 			}

@@ -100,7 +100,7 @@ func hold(offsets ...uint64) (h *hooked, release map[uint64]chan struct{}) {
 // guardedRead sends a read that is held, and waits until it is under guard.
 func guardedRead(t *testing.T, nc net.Conn, c *conn, cookie, off uint64, inFlight int) *reader {
 	t.Helper()
-	c.pace.slacken()
+	c.pace.slacken(firstSlow)
 	send(t, nc, cookie, off)
 	var r *reader
 	await(t, "the call is under guard", func() bool {
@@ -167,7 +167,7 @@ func TestGuardPayload(t *testing.T) {
 	s, _, path := serve(t, h, Options{})
 	nc := raw(t, path)
 	c := only(t, s)
-	c.pace.slacken()
+	c.pace.slacken(firstSlow)
 	write := append(request(protocol.Request{Type: protocol.CmdWrite, Cookie: 1, Offset: held, Length: size}), make([]byte, size)...)
 	if _, err := nc.Write(write[:size/2]); err != nil {
 		t.Fatal(err)
@@ -254,7 +254,7 @@ func TestWaits(t *testing.T) {
 			s, uri, _ := serve(t, h, Options{contended: func(time.Time) bool { return true }})
 			client := dial(t, uri, nil)
 			c := only(t, s)
-			c.pace.slacken()
+			c.pace.slacken(firstSlow)
 			// Where other programs take the processors a call that only computes may seem to
 			// wait, when the runtime moves it: that must pass.
 			deadline := time.Now().Add(time.Minute)
@@ -288,7 +288,7 @@ func TestGuardAllocations(t *testing.T) {
 	s, _, path := serve(t, h, Options{})
 	nc := raw(t, path)
 	c := only(t, s)
-	c.pace.slacken()
+	c.pace.slacken(firstSlow)
 	read := request(protocol.Request{Type: protocol.CmdRead, Length: 512})
 	reply := make([]byte, protocol.SimpleReplySize+512)
 	// Something else in this process may allocate now and then.

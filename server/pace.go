@@ -28,10 +28,19 @@ const (
 	// about a third of a nanosecond a byte.
 	bytesPerNanosecond = 3
 	// Where strainMost calls lost the connection, and no strainTime of calm lay
-	// between one and the next, calls go to workers, however fast most are. Those
-	// do not count that did so while processors were contended.
+	// between one and the next, calls go to workers, however fast most are.
 	strainMost = 3
 	strainTime = 8 * time.Millisecond
+	// Where processors are contended it takes longer from one to the next, and all may
+	// have waited for a processor only. There those count whose reader has made
+	// trialCalls at most, and calls go to workers for a trial, where it can be told for
+	// what they wait: fifty fast calls end it. The time from one trial to the next is
+	// doubled each time, from trialFirst to trialMost.
+	trialCalls      = 4
+	trialStrainTime = 8 * strainTime
+	trialCost       = fastCall * 11 / 10
+	trialFirst      = 100 * time.Millisecond
+	trialMost       = 4 * time.Second
 )
 
 // A pace is how long the calls of a connection take beyond what their size explains,
@@ -42,8 +51,10 @@ type pace struct {
 	cost atomic.Int64 // ns
 
 	// The watcher's.
-	strain int       // calls that lost the connection
-	last   time.Time // when one did
+	strain int           // calls that lost the connection
+	last   time.Time     // when one did
+	tried  time.Time     // when a trial began
+	pause  time.Duration // from then to the next
 }
 
 // inline takes in what n calls on the reader that moved so many bytes took together.
@@ -60,7 +71,7 @@ func (p *pace) inline(d time.Duration, n int, bytes uint64) {
 	p.cost.Store(cost)
 	switch {
 	case cost > int64(slowCall):
-		p.slacken()
+		p.slacken(firstSlow)
 	case cost < int64(fastCall):
 		p.slow.Store(false)
 	}
@@ -84,20 +95,38 @@ func (p *pace) long(d time.Duration, bytes uint64, starved bool) bool {
 	return cost >= int64(mostlyLong)
 }
 
-// lost takes in that a call lost the connection.
-func (p *pace) lost(now time.Time) {
-	if now.Sub(p.last) > strainTime {
+// lost takes in that a call lost the connection, the last of so many that its reader has
+// made since it had it.
+func (p *pace) lost(now time.Time, contended bool, calls uint64) {
+	calm := strainTime
+	if contended {
+		calm = trialStrainTime
+	}
+	if now.Sub(p.last) > calm {
 		p.strain = 0
 	}
 	p.last = now
-	if p.strain++; p.strain >= strainMost {
-		p.slacken()
+	if contended && calls > trialCalls {
+		p.strain = 0
+		return
+	}
+	if p.strain++; p.strain < strainMost {
+		return
+	}
+	switch {
+	case !contended:
+		p.pause = 0
+		p.slacken(firstSlow)
+	case now.Sub(p.tried) > p.pause:
+		p.tried, p.pause = now, min(max(2*p.pause, trialFirst), trialMost)
+		p.slacken(trialCost)
 	}
 }
 
-func (p *pace) slacken() {
+// slacken lets others than the reader make calls, as if one took so long.
+func (p *pace) slacken(cost time.Duration) {
 	if p.slow.CompareAndSwap(false, true) {
-		p.cost.Store(int64(firstSlow))
+		p.cost.Store(int64(cost))
 	}
 }
 

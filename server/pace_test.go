@@ -77,17 +77,50 @@ func TestPace(t *testing.T) {
 	now := time.Now()
 	for range 10 { // now and then
 		now = now.Add(2 * strainTime)
-		p.lost(now)
+		p.lost(now, false, 1000)
 	}
 	if p.slow.Load() {
 		t.Error("seldom lost: slow")
 	}
 	for range strainMost {
 		now = now.Add(2 * minTick)
-		p.lost(now)
+		p.lost(now, false, 1000)
 	}
 	if !p.slow.Load() {
 		t.Error("often lost: not slow")
+	}
+
+	// Where processors are contended it is tried, and less and less often where it was in
+	// vain.
+	p, contended = pace{}, true
+	for range 100 {
+		now = now.Add(minTick)
+		p.lost(now, true, trialCalls+1)
+	}
+	if p.slow.Load() {
+		t.Error("calls that were fast before lost the connection while processors are contended: slow")
+	}
+	trials := 0
+	for end := now.Add(10 * time.Second); now.Before(end); now = now.Add(2 * strainTime) {
+		p.lost(now, true, 1)
+		if p.slow.Load() {
+			trials++
+			if feed(&p, 100, all(fast)); p.slow.Load() {
+				t.Fatal("100 fast calls: the trial goes on")
+			}
+		}
+	}
+	if trials < 5 || trials > 8 { // after 0, 0.1, 0.3, 0.7, 1.5, 3.1, 6.3 seconds
+		t.Errorf("got %d trials in 10 seconds, need 7", trials)
+	}
+	for end := now.Add(2 * trialMost); now.Before(end) && !p.slow.Load(); now = now.Add(2 * strainTime) {
+		p.lost(now, true, 1)
+	}
+	for range 2000 { // which have waited for something else
+		p.long(slow, 4096, false)
+	}
+	if !p.slow.Load() {
+		t.Error("slow calls while processors are contended: not slow")
 	}
 }
 

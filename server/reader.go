@@ -27,6 +27,7 @@ type reader struct {
 	// quiet, busy, guarded or taken.
 	state  atomic.Uint64
 	seen   uint64     // the watcher's: state at its last tick
+	got    uint64     // state when r got the connection
 	moving sync.Mutex // held while the connection is moved from r to another reader
 
 	// The calls since the last sample of what one costs.

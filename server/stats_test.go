@@ -152,7 +152,7 @@ func testInFlight(t *testing.T, workers bool) {
 	s, _, path := serve(t, h, Options{Threads: 4})
 	nc := raw(t, path)
 	if workers {
-		only(t, s).pace.slacken()
+		only(t, s).pace.slacken(firstSlow)
 	}
 	var out []byte
 	for i := range uint64(4) {

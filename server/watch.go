@@ -153,14 +153,14 @@ func (c *conn) transfer(from *reader, state uint64, to *reader) bool {
 		return false
 	}
 	if state&mask == busy {
-		if now := time.Now(); !c.s.opts.contended(now) {
-			c.pace.lost(now)
-		}
+		now := time.Now()
+		c.pace.lost(now, c.s.opts.contended(now), (state-from.got)/next)
 	}
 	// From here on the buffers of from belong to the call; what it does not need
 	// moves to to.
 	from.account() // what waits to be sent need not wait for the call
-	to.state.Store(to.state.Load()&^mask + next)
+	to.got = to.state.Load()&^mask + next
+	to.state.Store(to.got)
 	to.arrived = from.arrived
 	err := from.in.handOver(&to.in)
 	if err == nil && !from.out.empty() {

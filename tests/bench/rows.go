@@ -150,7 +150,7 @@ func standardRows() (rows []row) {
 func otherRows() (rows []row) {
 	rows = []row{
 		{plugin: "slow", depth: 16}, {plugin: "slow", depth: 64}, {plugin: "slow", depth: 64, threads: 64},
-		{plugin: "slow", depth: 16, op: "write"}, {plugin: "slow", depth: 1},
+		{plugin: "slow", depth: 16, op: "write"}, {plugin: "slow", depth: 1}, {plugin: "slow", depth: 16, busy: true},
 		{plugin: "slow", depth: 16, conns: 2}, {plugin: "slow", depth: 16, conns: 4}, {plugin: "slow", depth: 4, conns: 16},
 		{plugin: "brief", depth: 1}, {plugin: "brief", depth: 2}, {plugin: "brief", depth: 16}, {plugin: "brief", depth: 64},
 		{plugin: "brief", depth: 1, conns: 2}, {plugin: "brief", depth: 16, conns: 4},
