@@ -47,6 +47,22 @@ func openFilter(t testing.TB, path string) *Filter {
 	return f
 }
 
+// prepared returns an open session of which everything has been asked.
+func prepared(t *testing.T, ch *backend.Chain, c *backend.Call) *backend.Session {
+	t.Helper()
+	s, err := ch.Open(c, false, "x")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Prepare(c); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Caps(c); err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
 // A filter may call next on threads of its own, and share one session of it; what it
 // does wrong is an error and no more.
 func TestFilterThreads(t *testing.T) {
@@ -54,16 +70,7 @@ func TestFilterThreads(t *testing.T) {
 	var wg sync.WaitGroup
 	for range 4 {
 		c := connect(t)
-		s, err := ch.Open(c, false, "x")
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := s.Prepare(c); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := s.Caps(c); err != nil {
-			t.Fatal(err)
-		}
+		s := prepared(t, ch, c)
 		wg.Go(func() {
 			call := c.Conn.Call(0)
 			buf, err := backend.GetBuffer(512)
@@ -95,16 +102,7 @@ func TestFilterClosesNext(t *testing.T) {
 	t.Cleanup(func() { SetVerbose(false) })
 	ch := filtered(t, openFilter(t, compile(t, "filter.c", "-pthread")))
 	c := connect(t)
-	s, err := ch.Open(c, false, "x")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := s.Prepare(c); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := s.Caps(c); err != nil {
-		t.Fatal(err)
-	}
+	s := prepared(t, ch, c)
 	buf := make([]byte, 512)
 	logged() // what came before
 	if err := s.Pread(c, buf, 3072); !errors.Is(err, syscall.EIO) {
@@ -152,16 +150,7 @@ func TestDirect(t *testing.T) {
 func testDirect(t *testing.T, ch *backend.Chain, want int64) {
 	c := connect(t)
 	open := func() *backend.Session {
-		s, err := ch.Open(c, false, "x")
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := s.Prepare(c); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := s.Caps(c); err != nil {
-			t.Fatal(err)
-		}
+		s := prepared(t, ch, c)
 		t.Cleanup(func() { s.Finalize(c); s.Close(c) })
 		return s
 	}
@@ -240,16 +229,7 @@ func testDirect(t *testing.T, ch *backend.Chain, want int64) {
 func TestDirectClosesNext(t *testing.T) {
 	ch := filtered(t, openFilter(t, compile(t, "forward.c")), openFilter(t, compile(t, "filter.c", "-pthread")))
 	c := connect(t)
-	s, err := ch.Open(c, false, "x")
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := s.Prepare(c); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := s.Caps(c); err != nil {
-		t.Fatal(err)
-	}
+	s := prepared(t, ch, c)
 	buf := make([]byte, 512)
 	for _, tt := range []struct {
 		off  uint64
