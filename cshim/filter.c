@@ -510,13 +510,6 @@ nbdhost_filter_set_next (struct nbdkit_context *context, nbdhost_next next)
 }
 
 void
-nbdhost_filter_drop_next (struct nbdkit_context *context, nbdhost_next next)
-{
-  __atomic_compare_exchange_n (&context->next, &next, NULL, false,
-                               __ATOMIC_RELEASE, __ATOMIC_RELAXED);
-}
-
-void
 nbdhost_next_direct (nbdhost_next next, bool write, struct nbdhost_data data,
                      struct nbdkit_context *filter, uint64_t size,
                      uint64_t *calls)

@@ -7,6 +7,8 @@ import "C"
 
 import (
 	"runtime"
+	"slices"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"unsafe"
@@ -114,7 +116,13 @@ func (b *Backend) ptr() *C.struct_nbdkit_backend {
 type FilterContext struct {
 	c      *C.struct_nbdkit_context
 	handle uint64
+	next   *Next // of links
 }
+
+// links is held while a filter gets another session below it, while C learns of a direct
+// way to one, and while one goes away: C keeps no pointer to a [Next] that is freed, however
+// many filters have it.
+var links sync.Mutex
 
 // NewFilterContext makes the object for o, a session of the filter that has b.
 func NewFilterContext(o OpenFilter, b *Backend) *FilterContext {
@@ -123,7 +131,7 @@ func NewFilterContext(o OpenFilter, b *Backend) *FilterContext {
 	if c == nil {
 		panic("cshim: out of memory")
 	}
-	return &FilterContext{c, handle}
+	return &FilterContext{c: c, handle: handle}
 }
 
 // Handle returns what stands for the handle of a filter that has no .open.
@@ -131,14 +139,24 @@ func (f *FilterContext) Handle() unsafe.Pointer { return unsafe.Pointer(f.c) }
 
 // SetNext says what is below the filter from now on; nil for nothing.
 func (f *FilterContext) SetNext(next *Next) {
-	C.nbdhost_filter_set_next(f.c, next.ptr())
-	if next != nil {
-		next.over.Store(f)
+	links.Lock()
+	defer links.Unlock()
+	if was := f.next; was != nil {
+		was.over = slices.DeleteFunc(was.over, func(over *FilterContext) bool { return over == f })
 	}
+	if next.ptr() == nil { // freed already, or none
+		next = nil
+	}
+	f.next = next
+	if next != nil {
+		next.over = append(next.over, f)
+	}
+	C.nbdhost_filter_set_next(f.c, next.ptr())
 }
 
 // Free frees the object once .close has returned.
 func (f *FilterContext) Free() {
+	f.SetNext(nil)
 	contexts.remove(f.handle)
 	C.nbdhost_filter_object_free(unsafe.Pointer(f.c))
 	f.c = nil
@@ -151,8 +169,8 @@ type Next struct {
 	c       C.nbdhost_next // not to be followed once it is freed
 	handle  uint64
 	freed   atomic.Bool
-	over    atomic.Pointer[FilterContext] // that it was put below
-	calls   runtime.Pinner
+	over    []*FilterContext // whose next it is; of links
+	calls   runtime.Pinner   // of links
 }
 
 // NewNext makes the object for s, in the layout of the filter that is given it.
@@ -175,17 +193,25 @@ func (n *Next) Direct(write bool, d *Data, over *FilterContext, size uint64, cal
 	if over != nil {
 		c = over.c
 	}
+	links.Lock()
+	defer links.Unlock()
+	if n.freed.Load() {
+		return
+	}
 	n.calls.Pin(calls)
 	C.nbdhost_next_direct(n.c, C.bool(write), d.c(), c, C.uint64_t(size), (*C.uint64_t)(unsafe.Pointer(calls)))
 }
 
 // Free frees the object once its session has been closed.
 func (n *Next) Free() {
+	links.Lock()
 	n.freed.Store(true)
-	if over := n.over.Load(); over != nil && over.c != nil {
-		C.nbdhost_filter_drop_next(over.c, n.c)
+	for _, f := range n.over {
+		f.next = nil
+		C.nbdhost_filter_set_next(f.c, nil)
 	}
 	n.calls.Unpin()
+	links.Unlock()
 	nexts.remove(n.handle)
 	C.nbdhost_filter_object_free(unsafe.Pointer(n.c))
 }

@@ -355,9 +355,8 @@ struct nbdkit_backend *nbdhost_backend_new (uint64_t id);
 struct nbdkit_context *nbdhost_filter_context_new (uint64_t id,
                                                    struct nbdkit_backend *);
 nbdhost_next nbdhost_next_new (uint64_t id, bool block_size, bool extents64);
-/* What is below a filter from now on, and that it is not next any more. */
+/* What is below a filter from now on; NULL: nothing. */
 void nbdhost_filter_set_next (struct nbdkit_context *, nbdhost_next);
-void nbdhost_filter_drop_next (struct nbdkit_context *, nbdhost_next);
 
 /* How .pread or .pwrite of the session that next stands for is called without
  * asking Go: with data, which has no arguments yet, for a range within size

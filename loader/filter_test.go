@@ -225,24 +225,41 @@ func testDirect(t *testing.T, ch *backend.Chain, want int64) {
 	}
 }
 
-// What a filter gets for the layer below it is never one that was closed.
+// What a filter gets for the layer below it is never one that was closed, also where two of
+// its sessions had it.
 func TestDirectClosesNext(t *testing.T) {
-	ch := filtered(t, openFilter(t, compile(t, "forward.c")), openFilter(t, compile(t, "filter.c", "-pthread")))
-	c := connect(t)
-	s := prepared(t, ch, c)
-	buf := make([]byte, 512)
-	for _, tt := range []struct {
+	const (
+		same, closeNext, isNothing, share, nothing = 0, 3072, 4096, 4608, 5120 // see filter.c
+	)
+	type read struct {
 		off  uint64
 		want error
-	}{{0, nil}, {0, nil}, {4096, nil}, {3072, syscall.EIO}, {4096, syscall.ENOTCONN}} {
-		if err := s.Pread(c, buf, tt.off); !errors.Is(err, tt.want) {
-			t.Errorf("at %d: got %v, need %v", tt.off, err, tt.want)
-		}
 	}
-	if err := s.Finalize(c); err != nil {
-		t.Error(err)
+	for _, tt := range []struct {
+		name  string
+		reads []read
+	}{
+		{"one session", []read{{same, nil}, {same, nil}, {isNothing, nil}, {closeNext, syscall.EIO}, {isNothing, syscall.ENOTCONN}}},
+		{"two sessions", []read{{same, nil}, {same, nil}, {share, nil}, {closeNext, syscall.EIO}, {isNothing, syscall.ENOTCONN}, {nothing, nil}}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			ch := filtered(t, openFilter(t, compile(t, "forward.c")), openFilter(t, compile(t, "filter.c", "-pthread")))
+			c, other := connect(t), connect(t)
+			s, otherSession := prepared(t, ch, c), prepared(t, ch, other)
+			buf := make([]byte, 512)
+			for _, r := range tt.reads {
+				if err := s.Pread(c, buf, r.off); !errors.Is(err, r.want) {
+					t.Errorf("at %d: got %v, need %v", r.off, err, r.want)
+				}
+			}
+			for c, s := range map[*backend.Call]*backend.Session{c: s, other: otherSession} {
+				if err := s.Finalize(c); err != nil {
+					t.Error(err)
+				}
+				s.Close(c)
+			}
+		})
 	}
-	s.Close(c)
 }
 
 func TestOpenFilterFails(t *testing.T) {

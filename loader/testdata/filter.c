@@ -24,6 +24,19 @@ f_cleanup (nbdkit_backend *backend)
   nbdkit_next_context_close (shared);
 }
 
+static nbdkit_context *opened[2]; /* the last ones */
+
+/* The handle is the context. */
+static void *
+f_open (nbdkit_next_open *next, nbdkit_context *context, int readonly,
+        const char *exportname, int is_tls)
+{
+  static int n;
+
+  opened[__atomic_fetch_add (&n, 1, __ATOMIC_RELAXED) % 2] = context;
+  return next (context, readonly, exportname) == -1 ? NULL : context;
+}
+
 struct call {
   nbdkit_next *next;
   void *buf;
@@ -46,6 +59,7 @@ f_pread (nbdkit_next *next, void *handle, void *buf, uint32_t count,
          uint64_t offset, uint32_t flags, int *err)
 {
   struct call c = { next, buf, count, offset, 0, 0 };
+  nbdkit_next *other;
   pthread_t thread;
 
   switch (offset) {
@@ -66,6 +80,14 @@ f_pread (nbdkit_next *next, void *handle, void *buf, uint32_t count,
   case 4096: /* is nothing below? */
     *err = next == NULL ? ENOTCONN : 0;
     return next == NULL ? -1 : 0;
+  case 4608: /* what is below is below the other session as well */
+    other = nbdkit_context_set_next (opened[opened[0] == handle], next);
+    other->finalize (other);
+    nbdkit_next_context_close (other);
+    return 0;
+  case 5120: /* nothing is below */
+    nbdkit_context_set_next (handle, NULL);
+    return 0;
   case 2560: /* over the end */
     return next->pread (next, buf, count, next->get_size (next) - count + 1, 0,
                         err);
@@ -82,6 +104,7 @@ static struct nbdkit_filter filter = {
   .name = "threads",
   .after_fork = f_after_fork,
   .cleanup = f_cleanup,
+  .open = f_open,
   .pread = f_pread,
 };
 
