@@ -114,7 +114,7 @@ func (in *input) more(n int) error {
 			in.linger()
 		}
 		if in.c.s.hot.Load() > in.c.s.opts.maxHot { // so many that it counts what each has
-			in.rest()
+			in.drained()
 		}
 		got, err := in.receiveOnce(uintptr(in.c.sock.fd))
 		switch {
@@ -206,7 +206,7 @@ func (in *input) tryReceive(fd uintptr) bool {
 		case unix.EAGAIN:
 			if in.start == in.end {
 				in.release()
-				in.rest()
+				in.drained()
 				if in.boundary {
 					in.c.rest()
 				}
@@ -222,8 +222,8 @@ func (in *input) tryReceive(fd uintptr) bool {
 	}
 }
 
-// rest tells the reader that nothing is in hand, and that it may have to wait.
-func (in *input) rest() {
+// drained tells the reader that nothing is in hand, and that it may have to wait.
+func (in *input) drained() {
 	if in.start == in.end && in.idle != nil {
 		in.idle()
 	}

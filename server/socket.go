@@ -276,8 +276,9 @@ func (r *reader) temper() {
 	if r.in.receives < temperEvery {
 		return
 	}
-	receives, most := r.in.receives, r.mostHot()
-	r.in.receives = 0
+	receives, calls := r.in.receives, r.state.Load()/next
+	most := c.mostHot(receives, calls-r.tempered.calls)
+	r.in.receives, r.tempered.calls = 0, calls
 	crowded := c.s.watcher.active.Load() > most
 	if c.sock.hot() {
 		if crowded {
@@ -298,18 +299,15 @@ func (r *reader) temper() {
 	}
 }
 
-// mostHot is how many sockets may be hot so that r's may, by how many requests the last
-// receives have brought.
-func (r *reader) mostHot() int32 {
-	o := &r.c.s.opts
-	least := uint64(deepReceive * r.in.receives)
-	if r.c.sock.hot() {
+// mostHot is how many sockets may be hot so that c's may, of which so many receives have
+// brought so many calls.
+func (c *conn) mostHot(receives int, calls uint64) int32 {
+	o := &c.s.opts
+	least := uint64(deepReceive * receives)
+	if c.sock.hot() {
 		least /= 2
 	}
-	calls := r.state.Load() / next
-	deep := calls-r.tempered.calls >= least
-	r.tempered.calls = calls
-	if deep && o.MaxProcs > 0 { // else they could keep all processors
+	if calls >= least && o.MaxProcs > 0 { // else they could keep all processors
 		return 2 * o.maxHot
 	}
 	return o.maxHot
