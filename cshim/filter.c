@@ -337,6 +337,57 @@ data (nbdhost_next next, struct nbdhost_request *r, int *err)
   return -1;
 }
 
+/* The next that a filter is called with, whose context this is; 0: none. */
+static uintptr_t
+next_of (const struct nbdkit_context *filter)
+{
+  return (uintptr_t) __atomic_load_n (&filter->next, __ATOMIC_ACQUIRE);
+}
+
+static struct nbdhost_result
+call_io (const struct nbdhost_data *data, bool filter, bool write)
+{
+  if (filter)
+    return nbdhost_filter_io (*data);
+  return write ? nbdhost_call_pwrite (*data) : nbdhost_call_pread (*data);
+}
+
+/* Lets the next call begin, unless there is none or the burst was stopped. */
+static bool
+begin_next (struct nbdhost_burst *b)
+{
+  uint32_t begun = __atomic_load_n (&b->begun, __ATOMIC_RELAXED);
+
+  while (begun < b->len)
+    if (__atomic_compare_exchange_n (&b->begun, &begun, begun + 1, false,
+                                     __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+      return true;
+  return false;
+}
+
+struct nbdhost_result
+nbdhost_call_burst (struct nbdhost_burst *b)
+{
+  struct nbdkit_context *filter = (struct nbdkit_context *) b->filter;
+  struct nbdhost_result r;
+
+  b->done = 0;
+  do {
+    const struct nbdhost_burst_call *c = &b->calls[b->done++];
+    struct nbdhost_data data = c->write ? b->write : b->read;
+
+    if (filter)
+      data.next = next_of (filter);
+    data.worker = b->worker;
+    data.cookie = c->cookie;
+    data.buf = c->buf;
+    data.count = c->count;
+    data.offset = c->offset;
+    r = call_io (&data, filter != NULL, c->write);
+  } while (r.ret >= 0 && begin_next (b));
+  return r;
+}
+
 /* Calls the module below from here, if Go has said how. false: ask Go. A thread of
  * the filter's own has no frame to make the call in.
  */
@@ -356,23 +407,14 @@ call_directly (nbdhost_next next, bool write, const void *buf, uint32_t count,
       count > d->size - offset)
     return false;
   data = d->data;
-  if (d->filter) {
-    data.next = (uintptr_t) __atomic_load_n (&d->filter->next,
-                                             __ATOMIC_ACQUIRE);
-    if (data.next == 0)
-      return false;
-  }
+  if (d->filter && (data.next = next_of (d->filter)) == 0)
+    return false;
   data.worker = f->worker;
   data.buf = (uintptr_t) buf;
   data.count = count;
   data.offset = offset;
   __atomic_fetch_add (d->calls, 1, __ATOMIC_RELAXED);
-  if (d->filter)
-    r = nbdhost_filter_io (data);
-  else if (write)
-    r = nbdhost_call_pwrite (data);
-  else
-    r = nbdhost_call_pread (data);
+  r = call_io (&data, d->filter != NULL, write);
   *ret = r.ret < 0 ? failed (f, r.err, r.message) : 0;
   if (*ret == -1 && err)
     *err = r.err;

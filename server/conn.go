@@ -202,12 +202,20 @@ func (c *conn) endSession() {
 // disconnect is nbdkit_disconnect(3): it may be called on any thread, within a
 // call, and does not wait.
 func (c *conn) disconnect(force bool) {
+	defer c.stopBurst()
 	if !force {
 		c.status.CompareAndSwap(int32(serving), int32(refusing))
 		return
 	}
 	c.status.Store(int32(dead))
 	c.sock.shutdown()
+}
+
+// stopBurst keeps requests that are in hand from being carried out.
+func (c *conn) stopBurst() {
+	if r := c.reader.Load(); r != nil && r.burst.calls != nil {
+		r.burst.calls.Stop()
+	}
 }
 
 // refused tells whether new commands are refused.

@@ -60,13 +60,17 @@ type pace struct {
 // inline takes in what n calls on the reader that moved so many bytes took together.
 // cost follows the median: that a thread was not given a processor for a while, or
 // waited for one that held a plugin's lock meanwhile, makes a few calls very long,
-// and the mean with them, and workers would make it worse.
+// and the mean with them, and workers would make it worse. Many calls count as several
+// samples that are alike.
 func (p *pace) inline(d time.Duration, n int, bytes uint64) {
 	cost := p.cost.Load()
-	if own(d, bytes)/int64(n) > cost {
-		cost += max(cost/2, 100)
-	} else {
-		cost -= cost / 3
+	call := own(d, bytes) / int64(n)
+	for ; n > 0; n -= sampleCalls {
+		if call > cost {
+			cost += max(cost/2, 100)
+		} else {
+			cost -= cost / 3
+		}
 	}
 	p.cost.Store(cost)
 	switch {

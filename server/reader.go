@@ -21,6 +21,7 @@ import (
 type reader struct {
 	task
 	in    input
+	burst burst
 	query protocol.BlockStatusRequest
 
 	// state is what the watcher and the guard go by: a count of calls times 4, plus
@@ -67,6 +68,7 @@ func newReader(c *conn, number int) *reader {
 			r.out.release()
 		}
 	}
+	r.newBurst()
 	return r
 }
 
@@ -118,39 +120,43 @@ const (
 )
 
 func (r *reader) loop() outcome {
-	size := r.c.negotiated.RequestSize()
 	for {
-		if len(r.in.unread()) < size {
-			r.in.boundary = r.c.secure == nil
-			err := r.wait(size)
-			r.in.boundary = false
-			if err == errIdle {
-				r.c.park(r.call.Worker)
-				return parked
-			}
-			if err != nil {
-				r.ended(err)
-				return over
-			}
-		}
-		if err := r.c.negotiated.DecodeRequest(&r.req, r.in.unread()); err != nil {
-			r.c.log.Error("receive request: " + err.Error() + "; closing the connection")
-			return over
-		}
-		r.in.take(size)
-		if r.req.Type == protocol.CmdDisc {
-			r.call.Debugf("client sent %v, closing connection", r.req.Type)
-			return over
-		}
-		gone, err := r.request()
-		if err != nil {
+		gone, err := r.step()
+		switch {
+		case err == errIdle:
+			r.c.park(r.call.Worker)
+			return parked
+		case err != nil:
 			r.ended(err)
 			return over
-		}
-		if gone {
+		case gone:
 			return lost
 		}
 	}
+}
+
+// step carries out the next request, or several that are in hand. gone is true where another
+// reader has the connection now. An error ends the connection, or says that it is idle.
+func (r *reader) step() (gone bool, err error) {
+	if len(r.in.unread()) < r.in.head {
+		r.in.boundary = r.c.secure == nil
+		err := r.wait(r.in.head)
+		r.in.boundary = false
+		if err != nil {
+			return false, err
+		}
+	}
+	if err := r.gather(); err != nil {
+		return false, err
+	}
+	if r.burst.n > 0 {
+		return r.runBurst()
+	}
+	r.in.take(r.in.head)
+	if r.req.Type == protocol.CmdDisc {
+		return false, errDisc
+	}
+	return r.request()
 }
 
 // wait sends what there is to send, then waits for n bytes in hand.
@@ -194,12 +200,14 @@ func (r *reader) batches() {
 	r.batch = int(min(max(requests*reply/2, minBatch), maxBatch))
 }
 
+var errDisc = fmt.Errorf("client sent %v", protocol.CmdDisc)
+
 // ended says why the connection ends.
 func (r *reader) ended(err error) {
 	switch {
 	case err == io.EOF:
 		r.call.Debugf("client closed input socket, closing connection")
-	case err == errGone:
+	case err == errGone, err == errDisc:
 		r.call.Debugf("%v, closing connection", err)
 	case status(r.c.status.Load()) == dead:
 		r.call.Debugf("connection was cut off")
@@ -405,6 +413,7 @@ func (r *reader) finishTaken() (gone bool, err error) {
 	// What was before it in the batch has been sent by the next reader.
 	r.out.start = r.at
 	r.moving.Unlock()
+	r.calls, r.bytes = 0, 0 // pace.lost has seen to those
 	if err := r.finish(); err != nil {
 		c.disconnect(true)
 	}

@@ -137,14 +137,18 @@ type tally struct {
 
 // count takes note of the answer to t.req.
 func (t *task) count() {
-	i := min(int(t.req.Type), countedCommands-1)
-	t.tally.used |= 1 << i
-	t.tally.ops[i]++
-	if t.err == nil && t.req.Type != protocol.CmdBlockStatus {
-		t.tally.bytes[i] += t.req.Length
-	}
+	t.tally.add(&t.req, t.err)
 	if err := t.failure(); err != nil {
 		t.c.counters.failed(t.req.Type, err, t.req.Flags)
+	}
+}
+
+func (t *tally) add(req *protocol.Request, err error) {
+	i := min(int(req.Type), countedCommands-1)
+	t.used |= 1 << i
+	t.ops[i]++
+	if err == nil && req.Type != protocol.CmdBlockStatus {
+		t.bytes[i] += req.Length
 	}
 }
 

@@ -75,11 +75,16 @@ func (t *task) reserve() error {
 
 // room makes room for n bytes behind the replies that wait, or sends those.
 func (t *task) room(n int) error {
-	if t.out.fits(n) && (t.out.empty() || t.out.end-t.out.start+n <= t.batch) {
+	if t.fits(n) {
 		return nil
 	}
 	t.send()
 	return t.out.grow(t.c.replyHead(), n)
+}
+
+// fits tells whether there is room for n bytes behind the replies that wait.
+func (t *task) fits(n int) bool {
+	return t.out.fits(n) && (t.out.empty() || t.out.end-t.out.start+n <= t.batch)
 }
 
 // replyHead is the size in bytes of what precedes the data in a read's reply.

@@ -158,6 +158,9 @@ func (c *conn) transfer(from *reader, state uint64, to *reader) bool {
 	}
 	// From here on the buffers of from belong to the call; what it does not need
 	// moves to to.
+	if from.burst.n > 0 {
+		from.settle(from.burst.calls.Stop())
+	}
 	from.account() // what waits to be sent need not wait for the call
 	to.got = to.state.Load()&^mask + next
 	to.state.Store(to.got)
