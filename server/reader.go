@@ -68,7 +68,6 @@ func newReader(c *conn, number int) *reader {
 			r.out.release()
 		}
 	}
-	r.newBurst()
 	return r
 }
 
@@ -97,7 +96,7 @@ func (c *conn) transmit(in *input) {
 // more. c.calling counts it already.
 func (c *conn) start(r *reader) {
 	defer c.done()
-	c.reader.Store(r)
+	c.hand(r)
 	why := r.loop()
 	if why == over {
 		r.send()
@@ -108,6 +107,14 @@ func (c *conn) start(r *reader) {
 	if why == lost {
 		c.spares.put(r)
 	}
+}
+
+// hand makes r the reader of the connection, which does not end meanwhile.
+func (c *conn) hand(r *reader) {
+	if r.burst.calls == nil {
+		r.newBurst()
+	}
+	c.reader.Store(r)
 }
 
 // An outcome is why a reader has the connection no longer.
