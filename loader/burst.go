@@ -30,6 +30,22 @@ func (h *filterHandle) NewCalls(c *backend.Call) backend.Calls {
 	return burst{&h.f.module, cshim.NewBurst(&read, &write, h.own)}
 }
 
+// NewCalls is that of [backend.BurstHandle].
+func (m mainHandle) NewCalls(c *backend.Call) backend.Calls {
+	if calls := m.h.NewCalls(c); calls != nil {
+		return mainBurst{calls}
+	}
+	return nil
+}
+
+// A mainBurst is handed over to the main thread whole.
+type mainBurst struct{ backend.Calls }
+
+func (b mainBurst) Run(c *backend.Call) (done int, err error) {
+	onMain(func() { done, err = b.Calls.Run(c) })
+	return done, err
+}
+
 func (b burst) Add(write bool, p []byte, off, cookie uint64) {
 	b.calls.Add(write, unsafe.Pointer(unsafe.SliceData(p)), uint32(len(p)), off, cookie)
 }

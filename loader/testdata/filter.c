@@ -88,6 +88,11 @@ f_pread (nbdkit_next *next, void *handle, void *buf, uint32_t count,
   case 5120: /* nothing is below */
     nbdkit_context_set_next (handle, NULL);
     return 0;
+  case 5632: /* nothing is below any more */
+    other = nbdkit_context_set_next (handle, NULL);
+    other->finalize (other);
+    nbdkit_next_context_close (other);
+    return 0;
   case 2560: /* over the end */
     return next->pread (next, buf, count, next->get_size (next) - count + 1, 0,
                         err);
