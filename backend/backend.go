@@ -76,6 +76,12 @@ type Backend interface {
 	Open(c *Call, readonly bool, export string) (Handle, error)
 }
 
+// Pinned is a Backend that may want all calls for one connection on one thread.
+type Pinned interface {
+	Backend
+	Pinned() bool
+}
+
 // A Filter is a module over another layer, which it is free to call in each of
 // its own callbacks, and on goroutines and threads of its own.
 type Filter interface {

@@ -145,6 +145,12 @@ func (ch *Chain) AfterFork() error {
 	return nil
 }
 
+// Pinned tells whether all calls for one connection have to be made on one thread.
+func (ch *Chain) Pinned() bool {
+	p, ok := ch.layers[0].module.(Pinned)
+	return ok && p.Pinned()
+}
+
 // Cleanup is called once no connection is left; the outermost layer comes first.
 func (ch *Chain) Cleanup() {
 	for _, l := range slices.Backward(ch.layers) {

@@ -20,7 +20,7 @@ func TestBurst(t *testing.T) {
 	}{
 		{"plugin", nil, 1},
 		{"plugin of API version 1", []string{"-DAPI=1"}, burstCalls}, // cannot
-		{"plugin on the main thread", []string{"-DTHREAD_MODEL=1"}, 4},
+		{"plugin on the main thread", []string{ruby}, 4},
 	} {
 		t.Run(tt.what, func(t *testing.T) {
 			ch, _ := serve(t, tt.options)

@@ -7,12 +7,11 @@ import (
 	"nbdhost/cshim"
 )
 
-// A plugin that was compiled for serialize_all_requests, or less, is called on the
-// main thread only. Interpreters among them keep their state in variables of the
-// thread that made it (Ruby, and Perl in .close), and a goroutine is on another
-// thread at each call. nbdkit has a thread for each connection, which is enough
-// for Perl. Nothing is lost but the time of the hand-over, since no two calls of
-// such a plugin are under way at once.
+// A plugin that was compiled for serialize_all_requests, or less, may keep something in
+// variables of the thread that it is called on (Perl does), and a goroutine is on another
+// thread at each call. nbdkit has a thread for each connection, and so the server has one
+// for those of such a plugin (backend.Pinned). That is not enough for Ruby, which has to be
+// called on the thread that it was started on, the main one.
 
 var (
 	mainCalls   = make(chan func())
@@ -41,8 +40,11 @@ func OnMain(serve func()) {
 }
 
 // isOnMain tells whether the plugin is called on the main thread only.
-func (p *Plugin) isOnMain() bool {
-	return p.ThreadModel() <= backend.SerializeAllRequests && mainServing.Load()
+func (p *Plugin) isOnMain() bool { return p.name == "ruby" && mainServing.Load() }
+
+// Pinned is that of [backend.Pinned].
+func (p *Plugin) Pinned() bool {
+	return p.ThreadModel() <= backend.SerializeAllRequests && !p.isOnMain()
 }
 
 // onMain makes a call on the main thread and waits for it.

@@ -16,9 +16,8 @@ import (
 	"nbdhost/backend"
 )
 
-// A plugin that serializes all requests, and one that was built to serialize
-// connections, are called on the main thread, any other one is not.
-var onMainOptions = map[string]bool{"-DTHREAD_MODEL=0": true, "-DTHREAD_MODEL=1": true, "-DTHREAD_MODEL=2": false, "-DTHREAD_MODEL=3": false}
+// ruby is the option that makes a plugin one that is called on the main thread.
+const ruby = `-DNAME="ruby"`
 
 // threads starts to note the threads that modules log on, and returns a function
 // that ends it.
@@ -36,10 +35,17 @@ func threads(t *testing.T) (stop func() []int) {
 	}
 }
 
+// A plugin that serializes all requests, and one that was built to serialize connections,
+// wants one thread for each connection; Ruby's is called on the main thread.
 func TestThreadOfCalls(t *testing.T) {
-	for option, onMain := range onMainOptions {
+	for option, pinned := range map[string]bool{"-DTHREAD_MODEL=0": true, "-DTHREAD_MODEL=1": true,
+		"-DTHREAD_MODEL=2": false, "-DTHREAD_MODEL=3": false, ruby: false} {
 		t.Run(option, func(t *testing.T) {
+			onMain := option == ruby
 			ch, p := serve(t, []string{option})
+			if ch.Pinned() != pinned {
+				t.Errorf("pinned: got %v, need %v", ch.Pinned(), pinned)
+			}
 			verbose(t)
 			stop := threads(t)
 			var wg sync.WaitGroup
@@ -113,7 +119,7 @@ func TestThreadOfCalls(t *testing.T) {
 }
 
 func TestErrorsOnMain(t *testing.T) {
-	ch, p := serve(t, []string{"-DTHREAD_MODEL=1"}, fmt.Sprintf("set=%d", syscall.ENOSPC))
+	ch, p := serve(t, []string{ruby}, fmt.Sprintf("set=%d", syscall.ENOSPC))
 	var x backend.Extents
 	for op, do := range map[string]func(*backend.Session, *backend.Call) error{
 		"preconnect":   func(_ *backend.Session, c *backend.Call) error { return p.Preconnect(c, false) },
@@ -139,7 +145,7 @@ func TestErrorsOnMain(t *testing.T) {
 			t.Fatal(err)
 		}
 		err = do(s, c)
-		want := backend.Error{Module: "fixture", Op: op, Errno: syscall.ENOSPC, Msg: op + " was told to fail"}
+		want := backend.Error{Module: "ruby", Op: op, Errno: syscall.ENOSPC, Msg: op + " was told to fail"}
 		var e *backend.Error
 		if !errors.As(err, &e) || *e != want {
 			t.Errorf("%s: got %#v, need %#v", op, err, want)
@@ -155,7 +161,7 @@ func TestErrorsOnMain(t *testing.T) {
 // A call that asks for the shutdown goes on while connections are closed, whose calls
 // wait for it: all come to their end.
 func TestShutdownOnMain(t *testing.T) {
-	ch, _ := serve(t, []string{"-DTHREAD_MODEL=1"}, "shutdown=1")
+	ch, _ := serve(t, []string{ruby}, "shutdown=1")
 	asked, finish := make(chan struct{}), make(chan struct{})
 	shutdown = func() {
 		close(asked)

@@ -8,9 +8,9 @@ import (
 )
 
 const (
-	// burstCall is how long calls take at most, beyond what their size explains, where
-	// several are made at once: so a burst takes less time than a long call.
-	burstCall = 5 * time.Microsecond
+	// burstTime is how long a burst takes at most beyond what the size of its calls explains,
+	// by what calls have taken so far.
+	burstTime = longCall
 	// maxBurstLength is the longest request of a burst in bytes. What one saves is little
 	// beside the time that a longer one takes.
 	maxBurstLength = 16 << 10
@@ -23,6 +23,7 @@ const (
 type burst struct {
 	calls    *backend.Burst // nil where each request needs something of its own
 	n        int
+	cost     time.Duration // of a call, as far as one knows
 	bytes    uint64
 	requests [backend.MaxBurst]struct {
 		req       protocol.Request
@@ -72,7 +73,7 @@ func (r *reader) join() bool {
 	if len(r.in.unread()) < head+payload || c.refused() || c.negotiated.Validate(req) != nil {
 		return false
 	}
-	if b.n == 0 && !r.begins(room) || b.n > 0 && !r.fits(room) {
+	if time.Duration(b.n)*b.cost > burstTime || b.n == 0 && !r.begins(room) || b.n > 0 && !r.fits(room) {
 		return false
 	}
 	r.err, r.tail, r.filled, r.at = nil, nil, 0, r.out.end
@@ -93,7 +94,8 @@ func (r *reader) join() bool {
 // begins tells whether there can be a burst now, and makes room for its first reply.
 func (r *reader) begins(room int) bool {
 	c := r.c
-	return c.pace.cost.Load() <= int64(burstCall) && !c.pace.slow.Load() && len(c.slots) < cap(c.slots) &&
+	r.burst.cost = time.Duration(c.pace.cost.Load())
+	return r.burst.cost <= burstTime/2 && !c.pace.slow.Load() && len(c.slots) < cap(c.slots) &&
 		r.room(room) == nil && c.lane.TryLock()
 }
 

@@ -27,7 +27,7 @@ func burstConn(t *testing.T, h *hooked, o Options) (*Server, net.Conn, *conn) {
 	await(t, "bursts are made", func() bool {
 		ask(t, nc, sampleCalls)
 		c = only(t, s)
-		return c.pace.cost.Load() <= int64(burstCall) && !c.pace.slow.Load()
+		return c.pace.cost.Load() <= int64(burstTime/32) && !c.pace.slow.Load()
 	})
 	return s, nc, c
 }
@@ -78,7 +78,7 @@ func TestBurst(t *testing.T) {
 	const n = 12
 	for _, tt := range []struct {
 		what              string
-		fail, hold, leave []int // what the call for these requests does
+		fail, hold, leave []int               // what the call for these requests does
 		model             backend.ThreadModel // 0 is that of newHooked
 		o                 Options
 		bursts            []int // how many calls each makes, as far as that is sure

@@ -3,6 +3,8 @@ package server
 import (
 	"log/slog"
 	"net"
+	"runtime"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -54,7 +56,8 @@ type conn struct {
 	numbers atomic.Int32 // of tasks so far
 	jobs    chan job
 	pace    pace
-	calling atomic.Int32 // goroutines that have a part in it; the last ends the connection
+	calling atomic.Int32   // goroutines that have a part in it; the last ends the connection
+	sending sync.WaitGroup // those that send for a reader which keeps the connection
 	began   time.Time
 	over    chan struct{} // closed at the end of the connection, where somebody waits for that
 
@@ -82,6 +85,10 @@ func newConn(s *Server, id uint64, nc net.Conn) *conn {
 // serve takes the connection from preconnect to the transmission phase, which other
 // goroutines may end, or to close where it does not come to that.
 func (c *conn) serve() {
+	if c.s.pinned { // this goroutine makes all calls
+		runtime.LockOSThread()
+		defer runtime.UnlockOSThread()
+	}
 	var in input
 	in.init(c)
 	if c.greet(&in) {

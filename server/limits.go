@@ -63,8 +63,8 @@ const (
 	// largestBuffer is the most that one request makes the server hold, in
 	// bytes: its payload, its reply, or zeroes for a module that has no .zero.
 	largestBuffer = protocol.MaxRequestLength
-	// burstTime is for how long a client that was idle may use its bandwidth at once.
-	burstTime = 100 * time.Millisecond
+	// bucketTime is for how long a client that was idle may use its bandwidth at once.
+	bucketTime = 100 * time.Millisecond
 	// goneTick is how often a client whose request waits is looked after.
 	goneTick = 50 * time.Millisecond
 	// refusedTime is how long a client has that is refused, to ask and be told why;
@@ -109,7 +109,7 @@ func newBucket(bitsPerSecond int64) bucket {
 		return bucket{}
 	}
 	bytes := float64(bitsPerSecond) / 8
-	return bucket{rate.NewLimiter(rate.Limit(bytes), max(1, int(bytes*burstTime.Seconds())))}
+	return bucket{rate.NewLimiter(rate.Limit(bytes), max(1, int(bytes*bucketTime.Seconds())))}
 }
 
 // wait takes n bytes, more than a burst in pieces.

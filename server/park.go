@@ -55,6 +55,9 @@ func (r *reader) parks() bool {
 		len(r.in.unread()) == 0 && r.out.empty() && time.Since(r.arrived) >= r.c.s.opts.parkAfter
 }
 
+// parkable tells whether the connection may be parked at all.
+func (c *conn) parkable() bool { return c.secure == nil && !c.s.pinned }
+
 // park leaves the connection to a goroutine that waits for it, and becomes the reader of
 // that number when something comes. The caller's reader is done with it.
 func (c *conn) park(number int) {

@@ -80,7 +80,7 @@ func (c *conn) transmit(in *input) {
 	c.s.exports.enter(c, c.session.Export())
 	c.sock.widen()
 	number := c.number()
-	if len(in.unread()) == 0 && c.secure == nil && c.sock.raw != nil {
+	if len(in.unread()) == 0 && c.parkable() && c.sock.raw != nil {
 		in.release()
 		c.park(number)
 		return
@@ -100,6 +100,7 @@ func (c *conn) start(r *reader) {
 	why := r.loop()
 	if why == over {
 		r.send()
+		c.sending.Wait()
 		close(c.jobs)
 	}
 	r.in.release()
@@ -146,7 +147,7 @@ func (r *reader) loop() outcome {
 // reader has the connection now. An error ends the connection, or says that it is idle.
 func (r *reader) step() (gone bool, err error) {
 	if len(r.in.unread()) < r.in.head {
-		r.in.boundary = r.c.secure == nil
+		r.in.boundary = r.c.parkable()
 		err := r.wait(r.in.head)
 		r.in.boundary = false
 		if err != nil {
@@ -270,7 +271,7 @@ func (r *reader) request() (gone bool, err error) {
 			return false, r.delegate(int(payload))
 		}
 	}
-	if way == underGuard {
+	if r.c.pace.slow.Load() {
 		r.sample()
 		r.send() // what is ready need not wait for the call
 	}
@@ -419,13 +420,17 @@ func (r *reader) finishTaken() (gone bool, err error) {
 	r.moving.Lock() // waits until the connection has been moved
 	// What was before it in the batch has been sent by the next reader.
 	r.out.start = r.at
+	kept := c.reader.Load() == r
+	if kept {
+		r.state.Store(r.state.Load() &^ mask)
+	}
 	r.moving.Unlock()
 	r.calls, r.bytes = 0, 0 // pace.lost has seen to those
 	if err := r.finish(); err != nil {
 		c.disconnect(true)
 	}
 	r.send()
-	if r.regain() {
+	if kept || r.regain() {
 		return false, nil
 	}
 	c.freeSlot()

@@ -60,6 +60,20 @@ func (b *batch) grow(head, n int) error {
 	return nil
 }
 
+// handOver gives the replies to to, which is empty, and leaves the buffer to the caller: a
+// call that is under way is using it. head is that of grow.
+func (b *batch) handOver(to *batch, head int) error {
+	if b.empty() {
+		return nil
+	}
+	if err := to.grow(head, b.end-b.start); err != nil {
+		return err
+	}
+	to.end += copy(to.buf.B[to.end:], b.buf.B[b.start:b.end])
+	to.held.add(&b.held)
+	return nil
+}
+
 // A sender writes a connection's replies. Whoever has a batch while nobody
 // writes becomes the writer, and writes what others hand in meanwhile; so
 // replies that are ready together leave together, and nobody waits for a

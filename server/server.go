@@ -82,6 +82,7 @@ type Server struct {
 	opts       Options
 	log        *slog.Logger
 	gate       *backend.Gate
+	pinned     bool // all calls for a connection are made on the goroutine of its handshake, on one thread
 	watcher    watcher
 	hot        atomic.Int32 // how many sockets are
 	slowLines  lineLimit
@@ -152,6 +153,7 @@ func New(o Options) *Server {
 		opts:      o,
 		log:       log,
 		gate:      backend.NewGate(o.Chain.ThreadModel()),
+		pinned:    o.Chain.Pinned(),
 		quit:      make(chan struct{}),
 		conns:     map[uint64]*conn{},
 		addresses: map[string]int{},

@@ -351,7 +351,7 @@ func (c *conn) inFlight() int {
 	n := len(c.slots)
 	if r := c.reader.Load(); r != nil {
 		switch r.state.Load() & mask {
-		case busy, guarded:
+		case busy, guarded, taken:
 			n++
 		}
 	}

@@ -129,6 +129,10 @@ func (c *conn) takeAway(r *reader, state uint64) {
 	if r.state.Load() != state {
 		return // before it has a slot, which another call might want
 	}
+	if c.s.pinned {
+		c.sendBefore(r, state)
+		return
+	}
 	if !c.trySlot() { // the call's from now on
 		return // cannot be: the reader makes no call of its own then
 	}
@@ -149,28 +153,15 @@ func (c *conn) takeAway(r *reader, state uint64) {
 // which has nothing to do. from.moving is held. It fails where state is not from's any
 // more.
 func (c *conn) transfer(from *reader, state uint64, to *reader) bool {
-	if !from.state.CompareAndSwap(state, state&^mask|taken) {
+	if !from.lose(state) {
 		return false
 	}
-	if state&mask == busy {
-		now := time.Now()
-		c.pace.lost(now, c.s.opts.contended(now), (state-from.got)/next)
-	}
-	// From here on the buffers of from belong to the call; what it does not need
-	// moves to to.
-	if from.burst.n > 0 {
-		from.settle(from.burst.calls.Stop())
-	}
-	from.account() // what waits to be sent need not wait for the call
 	to.got = to.state.Load()&^mask + next
 	to.state.Store(to.got)
 	to.arrived = from.arrived
 	err := from.in.handOver(&to.in)
-	if err == nil && !from.out.empty() {
-		if err = to.out.grow(c.replyHead(), from.out.end-from.out.start); err == nil {
-			to.out.end += copy(to.out.buf.B[to.out.end:], from.out.buf.B[from.out.start:from.out.end])
-			to.out.held.add(&from.out.held)
-		}
+	if err == nil {
+		err = from.out.handOver(&to.out, c.replyHead())
 	}
 	if err != nil {
 		c.log.Error("take over connection: " + err.Error() + "; closing it")
@@ -178,6 +169,43 @@ func (c *conn) transfer(from *reader, state uint64, to *reader) bool {
 	}
 	c.hand(to)
 	return true
+}
+
+// lose takes from r what its call under way does not need: what is in hand, and the replies
+// that wait, which are for others to send from here on. The buffers belong to the call. r.moving
+// is held. It fails where state is not r's any more.
+func (r *reader) lose(state uint64) bool {
+	c := r.c
+	if !r.state.CompareAndSwap(state, state&^mask|taken) {
+		return false
+	}
+	if state&mask == busy {
+		now := time.Now()
+		c.pace.lost(now, c.s.opts.contended(now), (state-r.got)/next)
+	}
+	if r.burst.n > 0 {
+		r.settle(r.burst.calls.Stop())
+	}
+	r.account() // what waits to be sent need not wait for the call
+	return true
+}
+
+// sendBefore has the replies sent that wait for the call under way of r, which keeps the
+// connection. r.moving is held.
+func (c *conn) sendBefore(r *reader, state uint64) {
+	if !r.lose(state) || r.out.empty() {
+		return
+	}
+	var out batch
+	if err := r.out.handOver(&out, c.replyHead()); err != nil {
+		c.log.Error("send replies: " + err.Error() + "; closing the connection")
+		c.disconnect(true)
+		return
+	}
+	c.sending.Go(func() {
+		c.sender.send(&out)
+		out.release()
+	})
 }
 
 // spares are readers of a connection that have no goroutine, for the next one that has

@@ -17,6 +17,9 @@
 #ifndef THREAD_MODEL
 #define THREAD_MODEL NBDKIT_THREAD_MODEL_PARALLEL
 #endif
+#ifndef NAME
+#define NAME "fixture"
+#endif
 #ifndef PRESERVED
 #define PRESERVED 0
 #endif
@@ -213,7 +216,7 @@ static struct nbdkit_plugin plugin = {
   ._struct_size = SIZE,
   ._api_version = API,
   ._thread_model = THREAD_MODEL,
-  .name = "fixture", .longname = "A Fixture", .version = "1.2.3",
+  .name = NAME, .longname = "A Fixture", .version = "1.2.3",
   .description = "For tests.\n",
   .load = load, .unload = unload,
   .config = config, .config_complete = config_complete,
