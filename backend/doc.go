@@ -19,7 +19,8 @@
 // connection, over the session of the next layer. All policy stands in Session: the order of calls, what is asked
 // only once, what stands in for a callback that a module lacks (a flush for
 // FUA, a pwrite for zero, a pread for cache, all allocated for extents), and
-// which requests never reach a module.
+// which requests never reach a module. What needs none of it can go to the module
+// without it, a call at a time ([Session.Direct]) or several ([Burst]).
 //
 // # Goroutines
 //
@@ -28,6 +29,7 @@
 // that takes a [Call] is called by any goroutine of the server, each with a Call
 // of its own; the [Gate] holds them back as the thread model of the chain
 // demands, before the call and never inside it, because a goroutine that waits
-// inside a callback from C keeps its thread. A filter may call the layer below on
+// inside a callback from C keeps its thread. Where the chain is pinned all calls for one
+// connection come from one thread. A filter may call the layer below on
 // any goroutine, with the Call that [Conn.Call] gives it.
 package backend

@@ -7,7 +7,8 @@
 //     concerns the server (log, shutdown, disconnect) goes to the functions of [Host].
 //   - the Call functions, one per shape of callback, through which the loader calls
 //     modules. Each is one crossing: it sets the state of the call (connection,
-//     worker, no error), calls, and collects the result in the same C function.
+//     worker, no error), calls, and collects the result in the same C function. A
+//     [Burst] is several reads and writes in one crossing.
 //
 // Filters add to both: what they call next is C too, tables of functions that make
 // one request each of the Go values ([Below], [OpenFilter], [NextSession]) whose
@@ -45,7 +46,7 @@
 //
 // # Memory
 //
-// Conn, Context and CStr are C memory. No Go pointer is kept by C but that of a pinned
-// counter ([Next.Direct]); a pointer passed to a Call function is the module's until
+// Conn, Context and CStr are C memory; a [Burst] is Go's, which C uses during its Run. No Go
+// pointer is kept by C but that of a pinned counter ([Next.Direct]); a pointer passed to a Call function is the module's until
 // the call returns.
 package cshim

@@ -13,8 +13,8 @@
 // Plugin that are not given a [backend.Call], are called by the one goroutine
 // that is kept on the process's main thread: some modules insist on that thread,
 // and it is the one that runs their .load. What takes a Call runs on the thread
-// the goroutine happens to be on, or in [OnMain] on the main one if the plugin
-// serializes all requests; all that the C side knows of the call is set anew at
+// the goroutine happens to be on, or in [OnMain] on the main one if it is Ruby's
+// plugin; all that the C side knows of the call is set anew at
 // each one. The functions of [Host] are called on any thread, also on
 // those that modules create.
 //

@@ -85,7 +85,7 @@ func newConn(s *Server, id uint64, nc net.Conn) *conn {
 // serve takes the connection from preconnect to the transmission phase, which other
 // goroutines may end, or to close where it does not come to that.
 func (c *conn) serve() {
-	if c.s.pinned { // this goroutine makes all calls
+	if c.s.pinned && c.denied == "" { // this goroutine makes all calls
 		runtime.LockOSThread()
 		defer runtime.UnlockOSThread()
 	}

@@ -20,7 +20,7 @@
 // connection last ends it.
 //
 // Calls that are short, or that the thread model serialises, run on that
-// goroutine. Where calls take long (pace.go) they go to workers, which are started when
+// goroutine. Short reads and writes in hand are carried out together (burst.go). Where calls take long (pace.go) they go to workers, which are started when
 // they are needed (worker.go), and Go's scheduler gets nearly as many processors as they may
 // block (procs.go). The last request in hand stays with the reader, if few calls are under
 // way; its connection goes to another goroutine when the client sends more (guard.go). A call
@@ -30,6 +30,10 @@
 // to be run. So one slow request never holds up the others. Where threads wait for
 // processors (contention.go) a long call is not taken for a slow one.
 //
+// A chain that is pinned has all calls for a connection made on one thread, that of the
+// goroutine of its handshake: such a connection is never parked, and a long call does not lose
+// it, but the replies that wait for the call are sent.
+//
 // A request of more than 4 GiB, which only clients with extended headers can make,
 // becomes several calls, and others go between them (task.go). A long read may ask
 // for the extents first, and is answered with the holes in it where that has been
@@ -38,7 +42,7 @@
 // What one client can make the server hold is bounded, also where it never reads
 // its replies: Limits.BytesPerConnection for requests that run on workers, or are
 // large, until their replies are sent; a buffer of input, at most Options.Threads
-// small requests that were taken for short, and 1 MiB of small replies behind them. Then
+// small requests that were taken for short, or a burst of them, and 1 MiB of small replies behind them. Then
 // no more calls are made for it.
 //
 // # Limits and figures
@@ -55,7 +59,7 @@
 // # Who owns what
 //
 // A reader owns its input and output buffers. While a call runs (state busy)
-// nobody touches them but the call, and a watcher that takes the connection away
+// nobody touches them but the call, or the calls of a burst, and a watcher that takes the connection away
 // copies what it needs and leaves both to the call. Everything sent goes through
 // the connection's sender, which has one writer at a time (sender.go).
 package server

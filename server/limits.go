@@ -19,7 +19,7 @@ import (
 // refused; a request that goes beyond another limit waits, and holds up nobody but
 // its own connection. Zero is no limit, unless something else is said.
 type Limits struct {
-	Connections int // open at a time
+	Connections int // open at a time; 0 stands for 1000 if each has a thread ([backend.Pinned])
 	// ConnectionsPerAddress is for each IP address, or machine on a vsock;
 	// clients on Unix sockets have none.
 	ConnectionsPerAddress int
@@ -60,6 +60,9 @@ type delays struct{ requests, nanoseconds atomic.Uint64 }
 
 const (
 	defaultBytesPerConnection = 256 << 20
+	// defaultPinned is far below the threads that a Go program may have, 10,000, and that
+	// containers usually allow: one more ends the process.
+	defaultPinned = 1000
 	// largestBuffer is the most that one request makes the server hold, in
 	// bytes: its payload, its reply, or zeroes for a module that has no .zero.
 	largestBuffer = protocol.MaxRequestLength

@@ -105,6 +105,20 @@ func testPinned(t *testing.T, o Options) {
 	}
 }
 
+// There are fewer threads than connections that somebody may make.
+func TestPinnedLimit(t *testing.T) {
+	chain := backend.NewChain(&pinned{hooked: newHooked()}, nil, backend.Trace{})
+	for limit, want := range map[int]int{0: defaultPinned, 3: 3, 5000: 5000} {
+		if got := New(Options{Chain: chain, Limits: Limits{Connections: limit}}).opts.Limits.Connections; got != want {
+			t.Errorf("limit %d: got %d, need %d", limit, got, want)
+		}
+	}
+	chain = backend.NewChain(newHooked(), nil, backend.Trace{})
+	if got := New(Options{Chain: chain}).opts.Limits.Connections; got != 0 {
+		t.Errorf("not pinned: got %d, need none", got)
+	}
+}
+
 // A client that leaves while a long call is under way, and a server that stops then, come to
 // their end with it.
 func TestPinnedEnds(t *testing.T) {

@@ -149,11 +149,15 @@ func New(o Options) *Server {
 	if o.Limits.BytesPerConnection == 0 {
 		o.Limits.BytesPerConnection = defaultBytesPerConnection
 	}
+	pinned := o.Chain.Pinned()
+	if pinned && o.Limits.Connections == 0 {
+		o.Limits.Connections = defaultPinned
+	}
 	s := &Server{
 		opts:      o,
 		log:       log,
 		gate:      backend.NewGate(o.Chain.ThreadModel()),
-		pinned:    o.Chain.Pinned(),
+		pinned:    pinned,
 		quit:      make(chan struct{}),
 		conns:     map[uint64]*conn{},
 		addresses: map[string]int{},

@@ -128,7 +128,7 @@ var manualOptions = map[string]string{
 	"readonly":                    "Plugins that cannot write need not be told.",
 	"exportname":                  "What the server offers does not depend on it.",
 	"threads":                     "Only plugins with the thread model parallel use more than one.",
-	"max-connections":             "The others are told, and their connections closed.",
+	"max-connections":             "The others are told, and their connections closed. Where nothing is said there is no limit, but for a plugin that serializes all requests, of which each connection takes a thread, 1000.",
 	"max-connections-per-address": "Clients on Unix sockets have no address.",
 	"max-requests":                "The others wait.",
 	"max-bytes":                   "What is read and written counts until the reply has been sent. Other requests wait.",

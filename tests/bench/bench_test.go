@@ -33,7 +33,7 @@ func TestRun(t *testing.T) {
 	}
 	rows := []string{
 		"memory/(read|write)/(4k|1m)/d(1|8)/c1/unix/f0", "memory/read/4k/d64/c16/tcp/f3", "memory/write/4k/d64/c1/unix/f0/n8", "file/read/4k/d1/c1/unix/f0",
-		"memory/status/1m/d8/c1/unix/f0", "memory/read/4k/d1/c4/unix/f0/busy", "slow/write/4k/d16/c1/unix/f0",
+		"memory/status/1m/d8/c1/unix/f0", "memory/read/4k/d1/c4/unix/f0/busy", "slow/write/4k/d16/c1/unix/f0", "(serial|perl)/write/4k/d64/c1/unix/f0",
 		"fio:memory/read/4k/d64/c1/unix/f0", "nbdcopy:memory/write/256k/d64/c4/(unix|tls|psk)/f0", "memory/read/4k/d64/c1/(tlstcp|psk)/f0",
 		"qemu-img:file/read/2m/d8/c1/unix/f0", "start to first reply, --run", "resident memory",
 	}

@@ -36,7 +36,8 @@
 //	plot.go     plots
 //	load.go     the load generator, on package client
 //	floor.c     the floor
-//	slow.c      a plugin whose calls take a millisecond, or some of them a while
+//	slow.c      a plugin whose calls take a millisecond, or some of them a while, or none
+//	memory.pl   a disk in memory, for Perl
 //
 // The C sources are part of the program, which compiles them when it starts.
 package main

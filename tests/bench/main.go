@@ -18,7 +18,7 @@ import (
 	"github.com/spf13/pflag"
 )
 
-//go:embed floor.c slow.c
+//go:embed floor.c slow.c memory.pl
 var sources embed.FS
 
 // bench is one run of the program.
@@ -164,27 +164,32 @@ func (b *bench) clear() { fmt.Fprint(b.progress, "\r\x1b[K") }
 
 func (b *bench) path(name string) string { return filepath.Join(b.dir, name) }
 
-// compile makes floor and slow.so.
+// compile makes floor, slow.so, and serial.so, which is the same but for the thread model; and
+// puts memory.pl beside them.
 func (b *bench) compile() error {
-	for name, options := range map[string][]string{
-		"floor.c": {"-O2"},
-		"slow.c":  {"-O2", "-fPIC", "-shared"},
+	for _, c := range []struct {
+		source, out string
+		options     []string
+	}{
+		{"floor.c", "floor", nil},
+		{"slow.c", "slow.so", []string{"-fPIC", "-shared"}},
+		{"slow.c", "serial.so", []string{"-fPIC", "-shared", "-DTHREAD_MODEL=NBDKIT_THREAD_MODEL_SERIALIZE_ALL_REQUESTS"}},
 	} {
-		source, err := sources.ReadFile(name)
+		source, err := sources.ReadFile(c.source)
 		if err != nil {
 			return err
 		}
-		out := b.path(name[:len(name)-2])
-		if name == "slow.c" {
-			out += ".so"
-		}
-		cmd := exec.Command("gcc", append(options, "-std=gnu17", "-x", "c", "-", "-o", out)...)
+		cmd := exec.Command("gcc", append(c.options, "-O2", "-std=gnu17", "-x", "c", "-", "-o", b.path(c.out))...)
 		cmd.Stdin = bytes.NewReader(source)
 		if msg, err := cmd.CombinedOutput(); err != nil {
-			return fmt.Errorf("compile %s: %w\n%s", name, err, msg)
+			return fmt.Errorf("compile %s: %w\n%s", c.source, err, msg)
 		}
 	}
-	return nil
+	script, err := sources.ReadFile("memory.pl")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(b.path("memory.pl"), script, 0o666)
 }
 
 // selected is what a run measures.

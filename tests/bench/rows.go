@@ -17,7 +17,7 @@ const (
 // A row is one thing to measure with each server.
 type row struct {
 	client    string // load, fio, nbdcopy or qemu-img
-	plugin    string // memory, file, null, pattern, slow, brief, mixed or delay
+	plugin    string // memory, file, null, pattern, slow, brief, mixed, delay, serial or perl
 	op        string // read, write or status
 	size      int    // of a request, in bytes
 	depth     int    // requests in flight on each connection
@@ -156,6 +156,9 @@ func otherRows() (rows []row) {
 		{plugin: "brief", depth: 1, conns: 2}, {plugin: "brief", depth: 16, conns: 4},
 		{plugin: "mixed", depth: 64}, {plugin: "mixed", depth: 16, conns: 4}, {plugin: "mixed", depth: 1},
 		{plugin: "delay", depth: 16}, {plugin: "delay", depth: 64, threads: 64},
+		{plugin: "serial", depth: 1}, {plugin: "serial", depth: 64}, {plugin: "serial", op: "write", depth: 64},
+		{plugin: "serial", depth: 1, conns: 4}, {plugin: "serial", depth: 16, conns: 4},
+		{plugin: "perl", depth: 1}, {plugin: "perl", depth: 64}, {plugin: "perl", op: "write", depth: 64}, {plugin: "perl", depth: 16, conns: 4},
 		{client: "fio", depth: 1}, {client: "fio", depth: 64}, {client: "fio", op: "write", depth: 64},
 		{client: "fio", depth: 8, size: 64 * kib},
 		{client: "nbdcopy", size: 256 * kib, depth: 64, conns: 4}, {client: "nbdcopy", op: "write", size: 256 * kib, depth: 64, conns: 4},

@@ -169,6 +169,10 @@ func (b *bench) pluginArgs(r row) (args []string) {
 		args = append(args, b.path("slow.so"), "us=100")
 	case "mixed":
 		args = append(args, b.path("slow.so"), "every=20", "us=5000")
+	case "serial":
+		args = append(args, b.path("serial.so"), "us=0")
+	case "perl":
+		args = append(args, plugin("perl"), "script="+b.path("memory.pl"))
 	case "delay":
 		args = append(args, "--filter="+filterDir+"nbdkit-delay-filter.so", plugin("memory"), "size="+size, "delay-read=1ms", "delay-write=1ms")
 	default:

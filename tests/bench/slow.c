@@ -1,7 +1,7 @@
 //go:build ignore
 
 /* A plugin whose reads and writes take a millisecond, or one in N takes US microseconds
- * and the others nothing: every=N us=US.
+ * and the others nothing: every=N us=US; us=0 for none.
  */
 #include <stdlib.h>
 #include <string.h>
@@ -10,7 +10,9 @@
 #define NBDKIT_API_VERSION 2
 #include <nbdkit-plugin.h>
 
+#ifndef THREAD_MODEL
 #define THREAD_MODEL NBDKIT_THREAD_MODEL_PARALLEL
+#endif
 
 static void *
 slow_open (int readonly)
@@ -41,7 +43,7 @@ take_time (void)
 {
   struct timespec t = { us / 1000000, us % 1000000 * 1000 };
 
-  if (__atomic_add_fetch (&calls, 1, __ATOMIC_RELAXED) % every > 0)
+  if (us == 0 || __atomic_add_fetch (&calls, 1, __ATOMIC_RELAXED) % every > 0)
     return;
   while (nanosleep (&t, &t) == -1)
     ;
