@@ -3,7 +3,6 @@ package server
 import (
 	"log/slog"
 	"net"
-	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -85,9 +84,8 @@ func newConn(s *Server, id uint64, nc net.Conn) *conn {
 // serve takes the connection from preconnect to the transmission phase, which other
 // goroutines may end, or to close where it does not come to that.
 func (c *conn) serve() {
-	if c.s.pinned && c.denied == "" { // this goroutine makes all calls
-		runtime.LockOSThread()
-		defer runtime.UnlockOSThread()
+	if c.denied == "" {
+		defer c.s.pin()()
 	}
 	var in input
 	in.init(c)

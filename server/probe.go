@@ -73,6 +73,7 @@ func (s *Server) admitProbe() (c *conn, client int, err error) {
 
 // probe makes the calls.
 func (c *conn) probe(export string) error {
+	defer c.s.pin()()
 	defer c.s.forget(c)
 	defer c.close()
 	step := func(cb backend.Callback) { c.s.probeStep.Store(cb) }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -257,6 +258,16 @@ func (s *Server) forget(c *conn) {
 	}
 	s.mu.Unlock()
 	s.open.Done()
+}
+
+// pin keeps the calling goroutine, which makes all calls for a connection, on its thread until
+// unpin is called, if the chain wants that.
+func (s *Server) pin() (unpin func()) {
+	if !s.pinned {
+		return func() {}
+	}
+	runtime.LockOSThread()
+	return runtime.UnlockOSThread
 }
 
 // serial tells whether the requests of one connection are never carried out side by
