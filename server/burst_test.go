@@ -6,6 +6,7 @@ import (
 	"io"
 	"net"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -298,5 +299,41 @@ func TestManyBursts(t *testing.T) {
 			_, nc, _ := burstConn(t, newHooked(), Options{})
 			askTogether(t, nc, 5*backend.MaxBurst+1, size)
 		})
+	}
+}
+
+// What waited for a call that lost the connection is sent before the reply to that call,
+// whoever is first.
+func TestSenderOrder(t *testing.T) {
+	s, _, path := serve(t, newHooked(), Options{})
+	nc := raw(t, path)
+	ask(t, nc, 1)
+	sender := &only(t, s).sender
+	reply := func(text string) *batch {
+		b := &batch{}
+		if err := b.grow(0, len(text)); err != nil {
+			t.Fatal(err)
+		}
+		b.end += copy(b.buf.B[b.start:], text)
+		return b
+	}
+	for _, tt := range []struct{ put, send []string }{
+		{[]string{"before"}, []string{"after"}},
+		{[]string{"one", "two"}, []string{"three", "", "four"}},
+		{[]string{"alone"}, []string{""}},
+	} {
+		want := strings.Join(append(tt.put, tt.send...), "")
+		for _, text := range tt.put {
+			sender.put(reply(text))
+		}
+		for _, text := range tt.send {
+			b := reply(text)
+			sender.send(b)
+			b.release()
+		}
+		got := make([]byte, len(want))
+		if _, err := io.ReadFull(nc, got); err != nil || string(got) != want {
+			t.Errorf("got %q, %v, need %q", got, err, want)
+		}
 	}
 }

@@ -97,6 +97,7 @@ func (c *conn) transmit(in *input) {
 func (c *conn) start(r *reader) {
 	defer c.done()
 	c.hand(r)
+	r.send() // what another reader has put there
 	why := r.loop()
 	if why == over {
 		r.send()

@@ -60,20 +60,6 @@ func (b *batch) grow(head, n int) error {
 	return nil
 }
 
-// handOver gives the replies to to, which is empty, and leaves the buffer to the caller: a
-// call that is under way is using it. head is that of grow.
-func (b *batch) handOver(to *batch, head int) error {
-	if b.empty() {
-		return nil
-	}
-	if err := to.grow(head, b.end-b.start); err != nil {
-		return err
-	}
-	to.end += copy(to.buf.B[to.end:], b.buf.B[b.start:b.end])
-	to.held.add(&b.held)
-	return nil
-}
-
 // A sender writes a connection's replies. Whoever has a batch while nobody
 // writes becomes the writer, and writes what others hand in meanwhile; so
 // replies that are ready together leave together, and nobody waits for a
@@ -95,34 +81,45 @@ func (s *sender) init(c *conn) {
 	s.room.L = &s.mu
 }
 
-// send writes b, or hands it to who is writing. Either way b is empty after it;
-// its buffer stays with it, if it was not handed over and is of the usual size.
-func (s *sender) send(b *batch) {
-	if b.empty() {
-		return
-	}
+// put has b written before whatever is sent from here on. b is empty after it.
+func (s *sender) put(b *batch) {
 	s.mu.Lock()
-	for s.writing && s.queued > maxQueued {
+	defer s.mu.Unlock()
+	s.add(b)
+}
+
+// add puts b into the queue. mu is held.
+func (s *sender) add(b *batch) {
+	s.queue = append(s.queue, *b)
+	s.queued += b.end - b.start
+	*b = batch{}
+}
+
+// send writes what was put, and then b, or hands b to who is writing. Either way b is empty
+// after it; its buffer stays with it, if it was not handed over and is of the usual size.
+func (s *sender) send(b *batch) {
+	s.mu.Lock()
+	for !b.empty() && s.writing && s.queued > maxQueued {
 		s.room.Wait()
 	}
-	if s.writing {
-		s.queue = append(s.queue, *b)
-		s.queued += b.end - b.start
+	if !b.empty() && (s.writing || len(s.queue) > 0) {
+		s.add(b)
+	}
+	if s.writing || b.empty() && len(s.queue) == 0 {
 		s.mu.Unlock()
-		*b = batch{}
 		return
 	}
 	s.writing = true
-	s.mu.Unlock()
-
-	s.write(b.buf.B[b.start:b.end])
-	s.c.giveBack(&b.held)
-	b.start, b.end = 0, 0
-	if len(b.buf.B) > 2*maxBatch { // what a buffer for batches is rounded up to
-		b.release()
+	if !b.empty() {
+		s.mu.Unlock()
+		s.write(b.buf.B[b.start:b.end])
+		s.c.giveBack(&b.held)
+		b.start, b.end = 0, 0
+		if len(b.buf.B) > 2*maxBatch { // what a buffer for batches is rounded up to
+			b.release()
+		}
+		s.mu.Lock()
 	}
-
-	s.mu.Lock()
 	for len(s.queue) > 0 {
 		queue := s.queue
 		s.queue, s.queued = s.spare[:0], 0

@@ -130,7 +130,9 @@ func (c *conn) takeAway(r *reader, state uint64) {
 		return // before it has a slot, which another call might want
 	}
 	if c.s.pinned {
-		c.sendBefore(r, state)
+		if r.lose(state) { // but not the connection
+			c.sending.Go(func() { c.sender.send(&batch{}) })
+		}
 		return
 	}
 	if !c.trySlot() { // the call's from now on
@@ -159,11 +161,7 @@ func (c *conn) transfer(from *reader, state uint64, to *reader) bool {
 	to.got = to.state.Load()&^mask + next
 	to.state.Store(to.got)
 	to.arrived = from.arrived
-	err := from.in.handOver(&to.in)
-	if err == nil {
-		err = from.out.handOver(&to.out, c.replyHead())
-	}
-	if err != nil {
+	if err := from.in.handOver(&to.in); err != nil {
 		c.log.Error("take over connection: " + err.Error() + "; closing it")
 		c.disconnect(true)
 	}
@@ -171,9 +169,10 @@ func (c *conn) transfer(from *reader, state uint64, to *reader) bool {
 	return true
 }
 
-// lose takes from r what its call under way does not need: what is in hand, and the replies
-// that wait, which are for others to send from here on. The buffers belong to the call. r.moving
-// is held. It fails where state is not r's any more.
+// lose takes from r what its call under way does not need: what is in hand is another reader's,
+// and the replies that wait for the call go to the sender, before that to the call. Somebody
+// has to send them. The buffers belong to the call. r.moving is held. It fails where state is
+// not r's any more.
 func (r *reader) lose(state uint64) bool {
 	c := r.c
 	if !r.state.CompareAndSwap(state, state&^mask|taken) {
@@ -186,26 +185,20 @@ func (r *reader) lose(state uint64) bool {
 	if r.burst.n > 0 {
 		r.settle(r.burst.calls.Stop())
 	}
-	r.account() // what waits to be sent need not wait for the call
-	return true
-}
-
-// sendBefore has the replies sent that wait for the call under way of r, which keeps the
-// connection. r.moving is held.
-func (c *conn) sendBefore(r *reader, state uint64) {
-	if !r.lose(state) || r.out.empty() {
-		return
+	if r.out.empty() {
+		return true
 	}
+	r.account()
 	var out batch
-	if err := r.out.handOver(&out, c.replyHead()); err != nil {
+	if err := out.grow(c.replyHead(), r.out.end-r.out.start); err != nil {
 		c.log.Error("send replies: " + err.Error() + "; closing the connection")
 		c.disconnect(true)
-		return
+		return true
 	}
-	c.sending.Go(func() {
-		c.sender.send(&out)
-		out.release()
-	})
+	out.end += copy(out.buf.B[out.end:], r.out.buf.B[r.out.start:r.out.end])
+	out.held.add(&r.out.held)
+	c.sender.put(&out)
+	return true
 }
 
 // spares are readers of a connection that have no goroutine, for the next one that has
