@@ -307,7 +307,12 @@ func (c *conn) mostHot(receives int, calls uint64) int32 {
 	if c.sock.hot() {
 		least /= 2
 	}
-	if calls >= least && o.MaxProcs > 0 { // else they could keep all processors
+	switch {
+	case o.MaxProcs == 0: // more could keep all processors
+		return o.maxHot
+	case c.s.pinned: // each has a thread in any case, and the poller finds it by way of another
+		return max(o.maxHot, int32(o.MaxProcs))
+	case calls >= least:
 		return 2 * o.maxHot
 	}
 	return o.maxHot

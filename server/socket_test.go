@@ -129,24 +129,32 @@ func testHotAndCold(t *testing.T, o Options) {
 }
 
 // Two connections are active where one socket may be hot. The first one becomes cold, and
-// the reader that had it loses nothing; but where receives bring many requests both may be
-// hot if there may be processors for both.
+// the reader that had it loses nothing; but where receives bring many requests, or each has a
+// thread in any case, both may be hot if there may be processors for both.
 func TestHotGivesWay(t *testing.T) {
 	const before = 2
 	for _, tt := range []struct {
 		name               string
 		together, maxProcs int
+		pinned             bool
 		wantHot            int32
 		wantProcs          int
 	}{
-		{"one at a time", 1, 60, 0, before},
-		{"many at a time", 2 * deepReceive, 60, 2, procStep},
-		{"many at a time, few processors", 2 * deepReceive, 0, 0, before},
+		{"one at a time", 1, 60, false, 0, before},
+		{"many at a time", 2 * deepReceive, 60, false, 2, procStep},
+		{"many at a time, few processors", 2 * deepReceive, 0, false, 0, before},
+		{"one at a time, pinned", 1, 60, true, 2, procStep},
+		{"one at a time, pinned, few processors", 1, 0, true, 0, before},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Cleanup(func() { runtime.GOMAXPROCS(runtime.GOMAXPROCS(before)) })
 			runtime.GOMAXPROCS(before)
-			s, _, path := serve(t, newHooked(), Options{maxHot: 1, hotGap: time.Hour, MaxProcs: tt.maxProcs})
+			p, _, _ := newPinned(1)
+			var b backend.Backend = p.hooked
+			if tt.pinned {
+				b = p
+			}
+			s, _, path := serveBackend(t, b, p.hooked, Options{maxHot: 1, hotGap: time.Hour, MaxProcs: tt.maxProcs})
 			first, second := raw(t, path), raw(t, path)
 			becomeHot(t, s, first)
 			most, rounds := int32(0), 0

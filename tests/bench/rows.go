@@ -157,7 +157,7 @@ func otherRows() (rows []row) {
 		{plugin: "mixed", depth: 64}, {plugin: "mixed", depth: 16, conns: 4}, {plugin: "mixed", depth: 1},
 		{plugin: "delay", depth: 16}, {plugin: "delay", depth: 64, threads: 64},
 		{plugin: "serial", depth: 1}, {plugin: "serial", depth: 64}, {plugin: "serial", op: "write", depth: 64},
-		{plugin: "serial", depth: 1, conns: 4}, {plugin: "serial", depth: 16, conns: 4},
+		{plugin: "serial", depth: 1, conns: 4}, {plugin: "serial", depth: 16, conns: 4}, {plugin: "serial", depth: 1, conns: 16},
 		{plugin: "perl", depth: 1}, {plugin: "perl", depth: 64}, {plugin: "perl", op: "write", depth: 64}, {plugin: "perl", depth: 16, conns: 4},
 		{client: "fio", depth: 1}, {client: "fio", depth: 64}, {client: "fio", op: "write", depth: 64},
 		{client: "fio", depth: 8, size: 64 * kib},
