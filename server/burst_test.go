@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"slices"
 	"strings"
@@ -14,6 +15,7 @@ import (
 	"time"
 
 	"nbdhost/backend"
+	"nbdhost/client"
 	"nbdhost/protocol"
 )
 
@@ -334,6 +336,71 @@ func TestSenderOrder(t *testing.T) {
 		got := make([]byte, len(want))
 		if _, err := io.ReadFull(nc, got); err != nil || string(got) != want {
 			t.Errorf("got %q, %v, need %q", got, err, want)
+		}
+	}
+}
+
+// Random small reads and writes, of which some fail and some take long, against a copy of what
+// the disk must hold.
+func TestBurstData(t *testing.T) {
+	backends := map[string]func(h *hooked) backend.Backend{
+		"parallel": func(h *hooked) backend.Backend { return h },
+		"pinned": func(h *hooked) backend.Backend {
+			h.model = backend.SerializeAllRequests
+			return &pinned{hooked: h}
+		},
+	}
+	for replies, o := range map[string]client.Options{"simple": {SimpleReplies: true}, "structured": {CompactHeaders: true}, "extended": {}} {
+		for kind, of := range backends {
+			t.Run(kind+" "+replies, func(t *testing.T) {
+				h := newHooked()
+				h.before = func(_ *backend.Call, cb backend.Callback, _ uint64) error {
+					if cb != backend.Pread && cb != backend.Pwrite {
+						return nil
+					}
+					switch rand.IntN(200) {
+					case 0, 1, 2:
+						return &backend.Error{Module: "hooked", Op: cb.String(), Errno: syscall.EIO, Msg: "bad"}
+					case 3:
+						time.Sleep(3 * time.Millisecond) // a call that loses the connection
+					}
+					return nil
+				}
+				_, uri, _ := serveBackend(t, of(h), h, Options{})
+				c := dial(t, uri, &o)
+				var lanes sync.WaitGroup
+				for lane := range 16 {
+					lanes.Go(func() { burstLane(t, c, uint64(lane)<<20) })
+				}
+				lanes.Wait()
+			})
+		}
+	}
+}
+
+// burstLane makes requests one after the other, on a part of the disk that is its own.
+func burstLane(t *testing.T, c *client.Conn, base uint64) {
+	want := make([]byte, 64<<10)
+	buf := make([]byte, len(want))
+	for i := range 300 {
+		n := 1 + rand.IntN(maxBurstLength)
+		off := rand.IntN(len(want) - n + 1)
+		p := buf[:n]
+		var err error
+		if i%2 == 0 {
+			for j := range p {
+				p[j] = byte(i + j)
+			}
+			if err = c.Pwrite(p, base+uint64(off), 0); err == nil {
+				copy(want[off:], p)
+			}
+		} else if err = c.Pread(p, base+uint64(off)); err == nil && !bytes.Equal(p, want[off:off+n]) {
+			t.Errorf("read %d of %d at %d differs", i, n, off)
+			return
+		}
+		if err != nil && errnoOf(err) != protocol.EIO {
+			t.Error(err)
+			return
 		}
 	}
 }
