@@ -70,7 +70,7 @@ func (r *reader) join() bool {
 	default:
 		return false
 	}
-	if len(r.in.unread()) < head+payload || c.refused() || c.negotiated.Validate(req) != nil {
+	if len(r.in.unread()) < head+payload || c.negotiated.Validate(req) != nil {
 		return false
 	}
 	if time.Duration(b.n)*b.cost > burstTime || b.n == 0 && !r.begins(room) || b.n > 0 && !r.fits(room) {
@@ -95,7 +95,7 @@ func (r *reader) join() bool {
 func (r *reader) begins(room int) bool {
 	c := r.c
 	r.burst.cost = time.Duration(c.pace.cost.Load())
-	return r.burst.cost <= burstTime/2 && !c.pace.slow.Load() && len(c.slots) < cap(c.slots) &&
+	return r.burst.cost <= burstTime/2 && !c.pace.slow.Load() && len(c.slots) < cap(c.slots) && !c.refused() &&
 		r.room(room) == nil && c.lane.TryLock()
 }
 
