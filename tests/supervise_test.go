@@ -87,7 +87,7 @@ func TestCrash(t *testing.T) {
 func TestCrashInFilter(t *testing.T) {
 	t.Parallel()
 	onlyNbdhost(t)
-	for _, model := range []string{"PARALLEL", "SERIALIZE_ALL_REQUESTS"} { // the latter on the main thread
+	for _, model := range []string{"PARALLEL", "SERIALIZE_ALL_REQUESTS"} { // the latter on one thread
 		s := startHost(t, "--supervise", "--filter=blocksize", "--filter=nofilter",
 			fixture(t, "crash", "-DTHREAD_MODEL=NBDKIT_THREAD_MODEL_"+model), "do=segv", "maxdata=64k")
 		c := s.hello(false)
