@@ -63,6 +63,7 @@ func TestBatch(t *testing.T) {
 					size = 512
 				}
 				got := make(chan int, 2)
+				begun := make(chan struct{})
 				nc := seqpacket(t, func(nc net.Conn) {
 					greetSimply(nc)
 					b := make([]byte, 1<<20)
@@ -72,6 +73,7 @@ func TestBatch(t *testing.T) {
 						t.Error(err)
 						return
 					}
+					<-begun // else who issued it might still be writing, and take some of the next along
 					nc.Write(answered(first))
 					for range 2 {
 						m, _ := nc.Read(b)
@@ -93,6 +95,8 @@ func TestBatch(t *testing.T) {
 					t.Fatal(err)
 				}
 				defer c.Close()
+				var last sync.WaitGroup
+				last.Add(n)
 				issue := func(done Completion) {
 					var err error
 					if op == protocol.CmdWrite {
@@ -102,10 +106,9 @@ func TestBatch(t *testing.T) {
 					}
 					if err != nil {
 						t.Error(err)
+						last.Done()
 					}
 				}
-				var last sync.WaitGroup
-				last.Add(n)
 				if _, err := c.AioFlush(0, func(error) int {
 					for range n {
 						issue(func(error) int {
@@ -117,6 +120,7 @@ func TestBatch(t *testing.T) {
 				}); err != nil {
 					t.Fatal(err)
 				}
+				close(begun)
 				last.Wait()
 				for range 2 {
 					if m, need := <-got, n*(protocol.RequestSize+size); m != need {
