@@ -272,7 +272,7 @@ func (r *reader) request() (gone bool, err error) {
 			return false, r.delegate(int(payload))
 		}
 	}
-	if r.c.pace.slow.Load() {
+	if way == underGuard || r.c.pace.slow.Load() {
 		r.sample()
 		r.send() // what is ready need not wait for the call
 	}
