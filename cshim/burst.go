@@ -26,33 +26,20 @@ func NewBurst(read, write *Data, filter *FilterContext) *Burst {
 	return b
 }
 
-// Add adds a call to the burst, which has room for it. buf is the callee's for this call;
-// who runs the burst keeps it alive.
-func (b *Burst) Add(write bool, buf unsafe.Pointer, n uint32, off, cookie uint64) {
-	if b.c.len == 0 {
-		b.begun().Store(1)
-	}
-	b.c.calls[b.c.len] = C.struct_nbdhost_burst_call{
+// Set makes call i, of MaxBurst, one of .pwrite or of .pread. buf is the callee's for this
+// call; who runs the burst keeps it alive.
+func (b *Burst) Set(i int, write bool, buf unsafe.Pointer, n uint32, off, cookie uint64) {
+	b.c.calls[i] = C.struct_nbdhost_burst_call{
 		buf: number(buf), count: C.uint32_t(n), offset: C.uint64_t(off), cookie: C.uint64_t(cookie), write: C.bool(write),
 	}
-	b.c.len++
 }
 
-func (b *Burst) begun() *atomic.Uint32 { return (*atomic.Uint32)(unsafe.Pointer(&b.c.begun)) }
-
-// Run makes the calls of a burst that is not empty, until one fails or Stop is called, and
-// empties it. It returns how many were made, whether the last of them was a write, and its
+// Run makes the first n calls, at least one, until one fails. The first has begun; each other
+// one does by raising begun by 1, from how many had, and where that is not its value any more
+// there is none. It returns how many were made, whether the last of them was a write, and its
 // outcome.
-func (b *Burst) Run(worker int) (done int, write bool, r Result) {
-	b.c.worker = C.int(worker)
-	r = result(C.nbdhost_call_burst(&b.c))
-	b.c.len = 0
+func (b *Burst) Run(worker, n int, begun *atomic.Uint32) (done int, write bool, r Result) {
+	b.c.worker, b.c.len = C.int(worker), C.uint32_t(n)
+	r = result(C.nbdhost_call_burst(&b.c, (*C.uint32_t)(unsafe.Pointer(begun))))
 	return int(b.c.done), bool(b.c.calls[b.c.done-1].write), r
-}
-
-// Stop lets no more calls begin, and returns how many have. Any goroutine may call it
-// between the first Add and the end of Run, any number of times; at other times it does
-// nothing.
-func (b *Burst) Stop() (begun int) {
-	return int(b.begun().Or(C.NBDHOST_BURST_STOPPED) &^ C.NBDHOST_BURST_STOPPED)
 }

@@ -47,6 +47,6 @@
 // # Memory
 //
 // Conn, Context and CStr are C memory; a [Burst] is Go's, which C uses during its Run. No Go
-// pointer is kept by C but that of a pinned counter ([Next.Direct]); a pointer passed to a Call function is the module's until
-// the call returns.
+// pointer is kept by C but that of a pinned counter ([Next.Direct]); a pointer passed to a
+// Call function is the module's until the call returns.
 package cshim

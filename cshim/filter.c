@@ -354,19 +354,17 @@ call_io (const struct nbdhost_data *data, bool filter, bool write)
 
 /* Lets the next call begin, unless there is none or the burst was stopped. */
 static bool
-begin_next (struct nbdhost_burst *b)
+begin_next (const struct nbdhost_burst *b, uint32_t *begun)
 {
-  uint32_t begun = __atomic_load_n (&b->begun, __ATOMIC_RELAXED);
+  uint32_t done = b->done;
 
-  while (begun < b->len)
-    if (__atomic_compare_exchange_n (&b->begun, &begun, begun + 1, false,
-                                     __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
-      return true;
-  return false;
+  return done < b->len &&
+         __atomic_compare_exchange_n (begun, &done, done + 1, false,
+                                      __ATOMIC_ACQ_REL, __ATOMIC_RELAXED);
 }
 
 struct nbdhost_result
-nbdhost_call_burst (struct nbdhost_burst *b)
+nbdhost_call_burst (struct nbdhost_burst *b, uint32_t *begun)
 {
   struct nbdkit_context *filter = (struct nbdkit_context *) b->filter;
   struct nbdhost_result r;
@@ -384,7 +382,7 @@ nbdhost_call_burst (struct nbdhost_burst *b)
     data.count = c->count;
     data.offset = c->offset;
     r = call_io (&data, filter != NULL, c->write);
-  } while (r.ret >= 0 && begin_next (b));
+  } while (r.ret >= 0 && begin_next (b, begun));
   return r;
 }
 

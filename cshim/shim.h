@@ -345,6 +345,34 @@ struct nbdhost_result nbdhost_filter_flush (struct nbdhost_data);
 struct nbdhost_result nbdhost_filter_range (struct nbdhost_data);
 struct nbdhost_result nbdhost_filter_extents (struct nbdhost_data);
 
+/* ---- several calls at once (filter.c) ---- */
+
+enum { NBDHOST_MAX_BURST = 32 };
+
+/* Reads and writes that are made one after the other. It is Go's memory, without
+ * pointers into it.
+ */
+struct nbdhost_burst {
+  struct nbdhost_data read, write; /* what is called, without arguments */
+  uintptr_t filter;   /* its struct nbdkit_context, if it is a filter's */
+  int worker;
+  uint32_t len;
+  uint32_t done;      /* so many calls have returned */
+  struct nbdhost_burst_call {
+    uintptr_t buf;
+    uint64_t offset, cookie;
+    uint32_t count;
+    bool write;
+  } calls[NBDHOST_MAX_BURST];
+};
+
+/* Makes the calls until one fails: the result is that of the last one made. The
+ * first has begun. Each other one does by raising *begun, which is atomic, by 1
+ * from how many had; where that is not its value any more there is none.
+ */
+struct nbdhost_result nbdhost_call_burst (struct nbdhost_burst *,
+                                          uint32_t *begun);
+
 /* ---- what filters call (filter.c) ---- */
 
 struct nbdkit_exports;
@@ -368,33 +396,6 @@ void nbdhost_next_direct (nbdhost_next next, bool write,
                           struct nbdkit_context *filter, uint64_t size,
                           uint64_t *calls);
 void nbdhost_filter_object_free (void *); /* any of the three */
-
-/* ---- several calls at once (filter.c) ---- */
-
-enum { NBDHOST_MAX_BURST = 32, NBDHOST_BURST_STOPPED = 1 << 16 };
-
-/* Reads and writes that are made one after the other. It is Go's memory, without
- * pointers into it.
- */
-struct nbdhost_burst {
-  struct nbdhost_data read, write; /* what is called, without arguments */
-  uintptr_t filter;   /* its struct nbdkit_context, if it is a filter's */
-  int worker;
-  uint32_t len;
-  uint32_t done;      /* so many calls have returned */
-  uint32_t begun;     /* atomic: so many have begun, plus NBDHOST_BURST_STOPPED */
-  struct nbdhost_burst_call {
-    uintptr_t buf;
-    uint64_t offset, cookie;
-    uint32_t count;
-    bool write;
-  } calls[NBDHOST_MAX_BURST];
-};
-
-/* Makes the calls, the first of which has begun, until one fails: the result is
- * that of the last one made.
- */
-struct nbdhost_result nbdhost_call_burst (struct nbdhost_burst *);
 
 int nbdhost_next_config (struct nbdkit_backend *, const char *key,
                          const char *value);

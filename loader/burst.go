@@ -1,6 +1,7 @@
 package loader
 
 import (
+	"sync/atomic"
 	"unsafe"
 
 	"nbdhost/backend"
@@ -15,20 +16,35 @@ type burst struct {
 
 const _ = uint(cshim.MaxBurst - backend.MaxBurst) // there is room
 
-// NewCalls is that of [backend.BurstHandle].
-func (h *handle) NewCalls(c *backend.Call) backend.Calls {
-	if h.p.v1 {
+// direct says how .pread or .pwrite is called, but for the arguments, and of which filter it is,
+// nil for a plugin. ok is false where that takes more than the call.
+func (h *handle) direct(c *backend.Call, cb backend.Callback) (d cshim.Data, filter *cshim.FilterContext, ok bool) {
+	return h.data(c, cb, 0, 0, 0), nil, !h.p.v1
+}
+
+func (h *filterHandle) direct(c *backend.Call, cb backend.Callback) (d cshim.Data, filter *cshim.FilterContext, ok bool) {
+	return h.data(c, cb, 0, 0, 0), h.own, true
+}
+
+// A directHandle is a handle or a filterHandle.
+type directHandle interface {
+	direct(*backend.Call, backend.Callback) (cshim.Data, *cshim.FilterContext, bool)
+}
+
+func newBurst(m *module, h directHandle, c *backend.Call) backend.Calls {
+	read, filter, ok := h.direct(c, backend.Pread)
+	if !ok {
 		return nil
 	}
-	read, write := h.data(c, backend.Pread, 0, 0, 0), h.data(c, backend.Pwrite, 0, 0, 0)
-	return burst{&h.p.module, cshim.NewBurst(&read, &write, nil)}
+	write, _, _ := h.direct(c, backend.Pwrite)
+	return burst{m, cshim.NewBurst(&read, &write, filter)}
 }
 
 // NewCalls is that of [backend.BurstHandle].
-func (h *filterHandle) NewCalls(c *backend.Call) backend.Calls {
-	read, write := h.data(c, backend.Pread, 0, 0, 0), h.data(c, backend.Pwrite, 0, 0, 0)
-	return burst{&h.f.module, cshim.NewBurst(&read, &write, h.own)}
-}
+func (h *handle) NewCalls(c *backend.Call) backend.Calls { return newBurst(&h.p.module, h, c) }
+
+// NewCalls is that of [backend.BurstHandle].
+func (h *filterHandle) NewCalls(c *backend.Call) backend.Calls { return newBurst(&h.f.module, h, c) }
 
 // NewCalls is that of [backend.BurstHandle].
 func (m mainHandle) NewCalls(c *backend.Call) backend.Calls {
@@ -41,17 +57,17 @@ func (m mainHandle) NewCalls(c *backend.Call) backend.Calls {
 // A mainBurst is handed over to the main thread whole.
 type mainBurst struct{ backend.Calls }
 
-func (b mainBurst) Run(c *backend.Call) (done int, err error) {
-	onMain(func() { done, err = b.Calls.Run(c) })
+func (b mainBurst) Run(c *backend.Call, n int, begun *atomic.Uint32) (done int, err error) {
+	onMain(func() { done, err = b.Calls.Run(c, n, begun) })
 	return done, err
 }
 
-func (b burst) Add(write bool, p []byte, off, cookie uint64) {
-	b.calls.Add(write, unsafe.Pointer(unsafe.SliceData(p)), uint32(len(p)), off, cookie)
+func (b burst) Set(i int, write bool, p []byte, off, cookie uint64) {
+	b.calls.Set(i, write, unsafe.Pointer(unsafe.SliceData(p)), uint32(len(p)), off, cookie)
 }
 
-func (b burst) Run(c *backend.Call) (done int, err error) {
-	done, write, r := b.calls.Run(c.Worker)
+func (b burst) Run(c *backend.Call, n int, begun *atomic.Uint32) (done int, err error) {
+	done, write, r := b.calls.Run(c.Worker, n, begun)
 	if r.Ret >= 0 {
 		return done, nil
 	}
@@ -61,5 +77,3 @@ func (b burst) Run(c *backend.Call) (done int, err error) {
 	}
 	return done, b.m.failure(cb, r)
 }
-
-func (b burst) Stop() (begun int) { return b.calls.Stop() }

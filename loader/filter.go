@@ -479,15 +479,10 @@ func (n *nextSession) direct(c *backend.Call, cb backend.Callback) {
 	if !ok {
 		return
 	}
-	switch h := d.Handle.(type) {
-	case *handle:
-		if !h.p.v1 {
-			data := h.data(c, cb, 0, 0, 0)
-			n.next.Direct(cb == backend.Pwrite, &data, nil, d.Size, d.Calls)
+	if h, ok := d.Handle.(directHandle); ok {
+		if data, filter, ok := h.direct(c, cb); ok {
+			n.next.Direct(cb == backend.Pwrite, &data, filter, d.Size, d.Calls)
 		}
-	case *filterHandle:
-		data := h.data(c, cb, 0, 0, 0)
-		n.next.Direct(cb == backend.Pwrite, &data, h.own, d.Size, d.Calls)
 	}
 }
 

@@ -102,12 +102,7 @@ func (r *reader) begins(room int) bool {
 // runBurst carries the burst out on this goroutine.
 func (r *reader) runBurst() (gone bool, err error) {
 	b := &r.burst
-	if r.calls == 0 {
-		r.began = time.Now()
-	}
-	state := r.state.Load() + next + busy
-	r.state.Store(state)
-	r.c.watch()
+	state := r.enter()
 	done, failure := b.calls.Run(&r.call)
 	r.c.lane.Unlock()
 	last := &b.requests[done-1]
@@ -116,10 +111,7 @@ func (r *reader) runBurst() (gone bool, err error) {
 		return r.finishTaken()
 	}
 	r.settle(done)
-	r.calls += done
-	if r.calls >= sampleCalls {
-		r.yield(r.sample())
-	}
+	r.called(done)
 	return false, r.finish()
 }
 

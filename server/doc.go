@@ -20,8 +20,8 @@
 // connection last ends it.
 //
 // Calls that are short, or that the thread model serialises, run on that
-// goroutine. Short reads and writes in hand are carried out together (burst.go). Where calls take long (pace.go) they go to workers, which are started when
-// they are needed (worker.go), and Go's scheduler gets nearly as many processors as they may
+// goroutine. Short reads and writes in hand are carried out together (burst.go). Where calls
+// take long (pace.go) they go to workers, which are started when they are needed (worker.go), and Go's scheduler gets nearly as many processors as they may
 // block (procs.go). The last request in hand stays with the reader, if few calls are under
 // way; its connection goes to another goroutine when the client sends more (guard.go). A call
 // that was expected to be short and is not loses the connection: the watcher (watch.go)
@@ -42,8 +42,8 @@
 // What one client can make the server hold is bounded, also where it never reads
 // its replies: Limits.BytesPerConnection for requests that run on workers, or are
 // large, until their replies are sent; a buffer of input, at most Options.Threads
-// small requests that were taken for short, or a burst of them, and 1 MiB of small replies behind them. Then
-// no more calls are made for it.
+// small requests that were taken for short, or a burst of them, and 1 MiB of small replies
+// behind them. Then no more calls are made for it.
 //
 // # Limits and figures
 //
@@ -59,7 +59,7 @@
 // # Who owns what
 //
 // A reader owns its input and output buffers. While a call runs (state busy)
-// nobody touches them but the call, or the calls of a burst, and a watcher that takes the connection away
-// copies what it needs and leaves both to the call. Everything sent goes through
+// nobody touches them but the call, or the calls of a burst, and a watcher that takes the
+// connection away copies what it needs and leaves both to the call. Everything sent goes through
 // the connection's sender, which has one writer at a time (sender.go).
 package server

@@ -53,7 +53,7 @@ const (
 	quiet   = 0
 	busy    = 1 // a call is under way
 	guarded = 2 // a long call is under way, which loses the connection to the guard only
-	taken   = 3 // the call under way lost the connection
+	taken   = 3 // the call under way lost the connection, or where that is pinned what it held up
 	mask    = 3
 	next    = 4
 )
@@ -393,24 +393,35 @@ func (r *reader) inline(payload []byte) (gone bool, err error) {
 		}
 		lane.Lock()
 	}
-	if r.calls == 0 {
-		r.began = time.Now()
-	}
-	state := r.state.Load() + next + busy
-	r.state.Store(state)
-	r.c.watch()
+	state := r.enter()
 	r.run(payload)
 	lane.Unlock()
 	r.worked()
 	if !r.state.CompareAndSwap(state, state&^mask) {
 		return r.finishTaken()
 	}
-	r.calls++
 	r.bytes += r.req.Length
-	if r.calls == sampleCalls || r.bytes >= sampleBytes {
+	r.called(1)
+	return false, r.finish()
+}
+
+// enter begins calls on this goroutine, which the watcher may find to take long.
+func (r *reader) enter() (state uint64) {
+	if r.calls == 0 {
+		r.began = time.Now()
+	}
+	state = r.state.Load() + next + busy
+	r.state.Store(state)
+	r.c.watch()
+	return state
+}
+
+// called takes in that n calls have returned.
+func (r *reader) called(n int) {
+	r.calls += n
+	if r.calls >= sampleCalls || r.bytes >= sampleBytes {
 		r.yield(r.sample())
 	}
-	return false, r.finish()
 }
 
 // finishTaken replies to a call that lost the connection. gone is false where r has the
@@ -419,7 +430,7 @@ func (r *reader) inline(payload []byte) (gone bool, err error) {
 func (r *reader) finishTaken() (gone bool, err error) {
 	c := r.c
 	r.moving.Lock() // waits until the connection has been moved
-	// What was before it in the batch has been sent by the next reader.
+	// The sender has what was before it in the batch.
 	r.out.start = r.at
 	kept := c.reader.Load() == r
 	if kept {

@@ -243,20 +243,28 @@ func raw(t testing.TB, path string) net.Conn {
 
 func readReply(t testing.TB, nc net.Conn, data int) protocol.SimpleReply {
 	t.Helper()
+	m, _ := readData(t, nc, func(uint64) int { return data })
+	return m
+}
+
+// readData receives a reply, and as much data behind it as one without an error has to a
+// request with that cookie.
+func readData(t testing.TB, nc net.Conn, size func(cookie uint64) int) (m protocol.SimpleReply, data []byte) {
+	t.Helper()
 	b := make([]byte, protocol.SimpleReplySize)
-	var m protocol.SimpleReply
 	if _, err := io.ReadFull(nc, b); err != nil {
 		t.Fatal(err)
 	}
 	if err := m.Decode(b); err != nil {
 		t.Fatal(err)
 	}
-	if m.Errno == 0 {
-		if _, err := io.ReadFull(nc, make([]byte, data)); err != nil {
+	if n := size(m.Cookie); m.Errno == 0 && n > 0 {
+		data = make([]byte, n)
+		if _, err := io.ReadFull(nc, data); err != nil {
 			t.Fatal(err)
 		}
 	}
-	return m
+	return m, data
 }
 
 // One call that does not return holds up neither the replies before it nor the

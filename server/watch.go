@@ -169,10 +169,9 @@ func (c *conn) transfer(from *reader, state uint64, to *reader) bool {
 	return true
 }
 
-// lose takes from r what its call under way does not need: what is in hand is another reader's,
-// and the replies that wait for the call go to the sender, before that to the call. Somebody
-// has to send them. The buffers belong to the call. r.moving is held. It fails where state is
-// not r's any more.
+// lose takes from r what its call under way holds up: the rest of its burst is in hand again, and
+// the replies that wait go to the sender, before that to the call; somebody has to send them.
+// The buffers belong to the call. r.moving is held. It fails where state is not r's any more.
 func (r *reader) lose(state uint64) bool {
 	c := r.c
 	if !r.state.CompareAndSwap(state, state&^mask|taken) {
