@@ -18,6 +18,7 @@ type Buffer struct {
 const (
 	minBufferShift = 16 // 64 KiB
 	maxBufferShift = 27 // 128 MiB: a request of 64 MiB with its header
+	bufferSizes    = 2*(maxBufferShift-minBufferShift) + 1
 	// keptBytes bounds the memory that is kept of each class for later use.
 	// The class is emptied last in, first out: what was used last is still in
 	// the processor's cache.
@@ -30,14 +31,31 @@ type bufferClass struct {
 	inUse int // buffers that have an owner
 }
 
-var bufferClasses [maxBufferShift + 1]bufferClass
+// Classes are powers of two and what lies in the middle between two of them. What input and
+// what replies need are of different ones: a buffer that went from one to the other would
+// come to be touched, and so resident, as far as either goes.
+var bufferClasses [bufferSizes]bufferClass
+
+func classSize(class int) int {
+	return (2 + class&1) << (minBufferShift - 1 + class/2)
+}
+
+// classOf is the least class of n bytes, which may be beyond the last.
+func classOf(n int) int {
+	shift := max(minBufferShift, bits.Len(uint(max(n, 1)-1)))
+	class := 2 * (shift - minBufferShift)
+	if class > 0 && n <= classSize(class-1) {
+		class--
+	}
+	return class
+}
 
 // GetBuffer returns a buffer of at least n bytes; n is at most 128 MiB. Its
 // content is whatever the last owner left there. An error means that the system
 // has no memory left.
 func GetBuffer(n int) (*Buffer, error) {
-	class := max(minBufferShift, bits.Len(uint(max(n, 1)-1)))
-	if class > maxBufferShift {
+	class := classOf(n)
+	if class >= len(bufferClasses) {
 		return nil, unix.ENOMEM
 	}
 	c := &bufferClasses[class]
@@ -50,7 +68,7 @@ func GetBuffer(n int) (*Buffer, error) {
 		return b, nil
 	}
 	c.mu.Unlock()
-	m, err := unix.Mmap(-1, 0, 1<<class, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
+	m, err := unix.Mmap(-1, 0, classSize(class), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
 	if err != nil {
 		c.mu.Lock()
 		c.inUse--
@@ -68,7 +86,7 @@ func (b *Buffer) Release() {
 	c := &bufferClasses[b.class]
 	c.mu.Lock()
 	c.inUse--
-	if (len(c.free)+1)<<b.class <= keptBytes {
+	if (len(c.free)+1)*len(b.B) <= keptBytes {
 		c.free = append(c.free, b)
 		b = nil
 	}
@@ -87,15 +105,15 @@ type BufferStats struct {
 
 // Buffers tells how the pool stands.
 func Buffers() (s BufferStats) {
-	for class := minBufferShift; class <= maxBufferShift; class++ {
+	for class := range bufferClasses {
 		c := &bufferClasses[class]
 		c.mu.Lock()
 		inUse, kept := c.inUse, len(c.free)
 		c.mu.Unlock()
 		s.InUse += inUse
 		s.Kept += kept
-		s.InUseBytes += int64(inUse) << class
-		s.KeptBytes += int64(kept) << class
+		s.InUseBytes += int64(inUse) * int64(classSize(class))
+		s.KeptBytes += int64(kept) * int64(classSize(class))
 	}
 	return s
 }

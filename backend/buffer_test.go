@@ -8,8 +8,9 @@ import (
 
 func TestBuffer(t *testing.T) {
 	for _, tt := range []struct{ n, size int }{
-		{0, 64 << 10}, {1, 64 << 10}, {64 << 10, 64 << 10}, {64<<10 + 1, 128 << 10},
-		{256 << 10, 256 << 10}, {64 << 20, 64 << 20}, {64<<20 + 1, 128 << 20}, {128 << 20, 128 << 20},
+		{0, 64 << 10}, {1, 64 << 10}, {64 << 10, 64 << 10}, {64<<10 + 1, 96 << 10},
+		{96 << 10, 96 << 10}, {96<<10 + 1, 128 << 10}, {128 << 10, 128 << 10}, {128<<10 + 1, 192 << 10},
+		{256 << 10, 256 << 10}, {64 << 20, 64 << 20}, {64<<20 + 1, 96 << 20}, {96<<20 + 1, 128 << 20}, {128 << 20, 128 << 20},
 	} {
 		b, err := GetBuffer(tt.n)
 		if err != nil || len(b.B) != tt.size {
@@ -62,7 +63,7 @@ func TestBufferReuse(t *testing.T) {
 	for _, b := range all {
 		b.Release()
 	}
-	if n := len(bufferClasses[minBufferShift].free); n != keptBytes>>minBufferShift {
+	if n := len(bufferClasses[0].free); n != keptBytes>>minBufferShift {
 		t.Errorf("%d are kept, need %d", n, keptBytes>>minBufferShift)
 	}
 	if n := testing.AllocsPerRun(100, func() { get().Release() }); n != 0 {

@@ -115,7 +115,7 @@ func (s *sender) send(b *batch) {
 		s.write(b.buf.B[b.start:b.end])
 		s.c.giveBack(&b.held)
 		b.start, b.end = 0, 0
-		if len(b.buf.B) > 2*maxBatch { // what a buffer for batches is rounded up to
+		if len(b.buf.B) > 2*maxBatch { // made for a long reply
 			b.release()
 		}
 		s.mu.Lock()
