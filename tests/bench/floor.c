@@ -10,9 +10,12 @@
  *   socket=PATH port=N  where to listen
  *   size=BYTES          of the export
  *   single=1            one connection at a time, which blocks in recv; else epoll
+ *   plugin=FILE         call nbdkit's memory plugin instead of memcpy, and nothing else of it;
+ *                       requests are at most 64 KiB long
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
+#include <dlfcn.h>
 #include <endian.h>
 #include <errno.h>
 #include <netinet/tcp.h>
@@ -27,12 +30,19 @@
 #include <sys/un.h>
 #include <unistd.h>
 
+#define NBDKIT_API_VERSION 2
+#include <nbdkit-plugin.h>
+
 #define BUFFER (256 << 10)
 /* What leaves in one send: more has left the cache before the kernel copies it. */
 #define BATCH (64 << 10)
+/* With the plugin: as much as leaves nbdhost in one send where 64 reads of 4 KiB are in flight. */
+#define PLUGIN_BATCH (132 << 10)
 
 static char *memory;
 static uint64_t size = 64 << 20;
+static struct nbdkit_plugin *plugin;
+static void *handle;            /* of the plugin, which needs one only */
 
 struct connection {
   int fd;
@@ -43,8 +53,8 @@ struct connection {
   char buffer[BUFFER];
 };
 
-static char out[BATCH];         /* nothing waits in it between two receives */
-static size_t waiting;
+static char out[PLUGIN_BATCH];  /* nothing waits in it between two receives */
+static size_t waiting, batch = BATCH;
 
 static void
 fail (const char *what)
@@ -133,12 +143,12 @@ static bool
 put (int fd, const char *p, uint64_t n)
 {
   while (n) {
-    size_t k = n < BATCH - waiting ? n : BATCH - waiting;
+    size_t k = n < batch - waiting ? n : batch - waiting;
     memcpy (out + waiting, p, k);
     waiting += k;
     p += k;
     n -= k;
-    if (waiting == BATCH && !flush (fd))
+    if (waiting == batch && !flush (fd))
       return false;
   }
   return true;
@@ -150,6 +160,19 @@ reply (int fd, uint64_t cookie)
   struct { uint32_t magic, error; uint64_t cookie; } h = { htobe32 (0x67446698), 0, cookie };
 
   return put (fd, (char *) &h, sizeof h);
+}
+
+static bool
+read_plugin (int fd, uint64_t cookie, uint32_t length, uint64_t offset)
+{
+  if (waiting + 16 + length > batch && !flush (fd))
+    return false;
+  char *data = out + waiting + 16;
+  if (waiting + 16 + length > batch || plugin->pread (handle, data, length, offset, 0) == -1 ||
+      !reply (fd, cookie))
+    return false;
+  waiting += length;
+  return true;
 }
 
 /* One receive, and all that it brought. Returns false at the connection's end. */
@@ -181,10 +204,25 @@ step (struct connection *c)
       return false;
     switch (type) {
     case 0:
+      if (plugin) {
+        if (!read_plugin (c->fd, cookie, length, offset))
+          return false;
+        break;
+      }
       if (!reply (c->fd, cookie) || !put (c->fd, memory + offset, length))
         return false;
       break;
     case 1:
+      if (plugin) {
+        if ((uint64_t) (end - p) < length) {
+          p -= 28;
+          goto rest;            /* until all of it is there */
+        }
+        if (plugin->pwrite (handle, p, length, offset, 0) == -1 || !reply (c->fd, cookie))
+          return false;
+        p += length;
+        break;
+      }
       c->to = memory + offset;
       c->left = length;
       c->cookie = cookie;
@@ -197,6 +235,7 @@ step (struct connection *c)
       return false;
     }
   }
+ rest:
   c->have = end - p;
   memmove (c->buffer, p, c->have);
   return flush (c->fd);
@@ -222,10 +261,45 @@ take_connection (int listener)
   return c;
 }
 
+/* What the memory plugin asks of a server, as far as it is asked here. */
+void nbdkit_debug (const char *fs, ...) {}
+void nbdkit_error (const char *fs, ...) {}
+int64_t nbdkit_parse_size (const char *s) { return strtoll (s, NULL, 10); }
+int nbdkit_parse_bool (const char *s) { return -1; }
+int nbdkit_add_extent (struct nbdkit_extents *x, uint64_t o, uint64_t n, uint32_t t) { return -1; }
+void nbdkit_extents_free (struct nbdkit_extents *x) {}
+void nbdkit_exports_free (struct nbdkit_exports *x) {}
+
+static void
+load (const char *file)
+{
+  char bytes[32];
+  void *module = dlopen (file, RTLD_NOW);
+  struct nbdkit_plugin *(*init) (void) = module ? (void *) dlsym (module, "plugin_init") : NULL;
+
+  if (!init) {
+    fprintf (stderr, "floor: load plugin: %s\n", dlerror ());
+    exit (1);
+  }
+  plugin = init ();
+  snprintf (bytes, sizeof bytes, "%llu", (unsigned long long) size);
+  if ((plugin->load && (plugin->load (), 0)) || plugin->config ("size", bytes) == -1 ||
+      (plugin->config_complete && plugin->config_complete () == -1) ||
+      (plugin->get_ready && plugin->get_ready () == -1) ||
+      (plugin->after_fork && plugin->after_fork () == -1) || !(handle = plugin->open (0))) {
+    fprintf (stderr, "floor: prepare plugin: it refused\n");
+    exit (1);
+  }
+  memset (out, 'x', BATCH);
+  for (uint64_t offset = 0; offset + BATCH <= size; offset += BATCH)
+    plugin->pwrite (handle, out, BATCH, offset, 0);
+  batch = PLUGIN_BATCH;
+}
+
 int
 main (int argc, char *argv[])
 {
-  const char *path = NULL;
+  const char *path = NULL, *file = NULL;
   int port = 0, listener, yes = 1;
   bool single = false;
 
@@ -238,11 +312,15 @@ main (int argc, char *argv[])
     else if (strcmp (argv[i], "port") == 0) port = atoi (value);
     else if (strcmp (argv[i], "size") == 0) size = strtoull (value, NULL, 10);
     else if (strcmp (argv[i], "single") == 0) single = atoi (value);
+    else if (strcmp (argv[i], "plugin") == 0) file = value;
     else return 1;
   }
-  if (!(memory = malloc (size)))
+  if (file)
+    load (file);
+  else if (!(memory = malloc (size)))
     fail ("floor: allocate memory");
-  memset (memory, 'x', size);
+  else
+    memset (memory, 'x', size);
   if (path) {
     struct sockaddr_un a = { .sun_family = AF_UNIX };
     strncpy (a.sun_path, path, sizeof a.sun_path - 1);

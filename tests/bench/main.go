@@ -171,7 +171,7 @@ func (b *bench) compile() error {
 		source, out string
 		options     []string
 	}{
-		{"floor.c", "floor", nil},
+		{"floor.c", "floor", []string{"-rdynamic"}}, // the plugin calls it
 		{"slow.c", "slow.so", []string{"-fPIC", "-shared"}},
 		{"slow.c", "serial.so", []string{"-fPIC", "-shared", "-DTHREAD_MODEL=NBDKIT_THREAD_MODEL_SERIALIZE_ALL_REQUESTS"}},
 	} {

@@ -164,7 +164,7 @@ func (b *bench) prepare(ctx context.Context, kind string, r row) (*server, error
 			return nil, fmt.Errorf("negotiate TLS: %w", err)
 		}
 	}
-	if r.plugin == "memory" && kind != "floor" {
+	if r.plugin == "memory" && !strings.HasPrefix(kind, "floor") { // which fill their own
 		args := []string{"mode=fill", "depth=4", "size=1048576", fmt.Sprintf("span=%d", size)}
 		if r.op == "status" { // data and holes by turns
 			args = []string{"mode=fill", "depth=4", "size=65536", "stride=2", fmt.Sprintf("span=%d", size)}

@@ -68,6 +68,9 @@ func (r row) others() []string {
 	}
 	if r.plugin == "memory" && r.op != "status" && r.filters+r.nofilters == 0 && r.threads == 0 {
 		servers = append(servers, "floor")
+		if r.client == "load" && r.size == 4*kib && r.conns == 1 && !r.busy {
+			servers = append(servers, "floor+plugin")
+		}
 	}
 	if r.plugin == "file" && r.op != "status" && r.filters == 0 {
 		servers = append(servers, "qemu-nbd")

@@ -31,7 +31,7 @@ var filterChain = [][]string{{"offset", "offset=0"}, {"delay"}, {"error"}}
 
 // A server is a running server of any kind.
 type server struct {
-	kind   string // nbdhost, nbdkit, qemu-nbd, floor, or without: nbdhost without --metrics
+	kind   string // nbdhost, nbdkit, qemu-nbd, floor, floor+plugin, or without: nbdhost without --metrics
 	socket string // its path, or empty
 	port   int    // on 127.0.0.1, or 0
 	keys   string // the file of pre-shared keys for TLS, or empty
@@ -97,7 +97,7 @@ func (b *bench) start(ctx context.Context, kind string, r row) (*server, error) 
 
 func (b *bench) arguments(s *server, r row) (program string, args []string) {
 	switch s.kind {
-	case "floor":
+	case "floor", "floor+plugin":
 		single := 0
 		if r.client == "load" && r.conns == 1 {
 			single = 1
@@ -106,7 +106,11 @@ func (b *bench) arguments(s *server, r row) (program string, args []string) {
 		if s.socket == "" {
 			where = fmt.Sprintf("port=%d", s.port)
 		}
-		return b.path("floor"), []string{where, fmt.Sprintf("size=%d", b.size(r)), fmt.Sprintf("single=%d", single)}
+		args = []string{where, fmt.Sprintf("size=%d", b.size(r)), fmt.Sprintf("single=%d", single)}
+		if s.kind == "floor+plugin" {
+			args = append(args, "plugin="+pluginDir+"nbdkit-memory-plugin.so")
+		}
+		return b.path("floor"), args
 	case "qemu-nbd":
 		args = []string{"-f", "raw", "-t", "-e", "64", "-x", ""}
 		if s.socket != "" {
