@@ -25,7 +25,7 @@ type row struct {
 	transport string // unix or tcp, or with TLS tls or tlstcp (certificates), psk or psktcp (a pre-shared key)
 	filters   int    // of filterChain
 	busy      bool   // all processors have other work
-	threads   int    // of nbdhost; 0 is its default
+	threads   int    // of nbdhost, and of another nbdkit; 0 is the default
 	nofilters int    // layers of the filter that does nothing
 	metrics   bool   // nbdhost has --metrics, and is compared with itself without
 }
@@ -63,12 +63,15 @@ func (r row) others() []string {
 		return []string{"without"}
 	}
 	servers := []string{"nbdkit"}
+	if r.threads > 0 {
+		return append(servers, "nbdkit -t")
+	}
 	if r.secured() {
 		return servers
 	}
-	if r.plugin == "memory" && r.op != "status" && r.filters+r.nofilters == 0 && r.threads == 0 {
+	if r.plugin == "memory" && r.op != "status" && r.filters+r.nofilters == 0 {
 		servers = append(servers, "floor")
-		if r.client == "load" && r.size == 4*kib && r.conns == 1 && !r.busy {
+		if r.client == "load" && r.conns == 1 && !r.busy {
 			servers = append(servers, "floor+plugin")
 		}
 	}

@@ -31,7 +31,8 @@ var filterChain = [][]string{{"offset", "offset=0"}, {"delay"}, {"error"}}
 
 // A server is a running server of any kind.
 type server struct {
-	kind   string // nbdhost, nbdkit, qemu-nbd, floor, floor+plugin, or without: nbdhost without --metrics
+	kind   string // nbdhost, nbdkit, qemu-nbd, floor, floor+plugin, nbdkit -t: with
+	// as many threads as nbdhost, or without: nbdhost without --metrics
 	socket string // its path, or empty
 	port   int    // on 127.0.0.1, or 0
 	keys   string // the file of pre-shared keys for TLS, or empty
@@ -139,7 +140,7 @@ func (b *bench) arguments(s *server, r row) (program string, args []string) {
 	if r.metrics && s.kind == "nbdhost" {
 		args = append(args, "--metrics=unix:"+b.path("metrics.sock"))
 	}
-	if r.threads > 0 && s.kind == "nbdhost" {
+	if r.threads > 0 && s.kind != "nbdkit" {
 		args = append(args, "-t", strconv.Itoa(r.threads))
 	}
 	return program, append(args, b.pluginArgs(r)...)
