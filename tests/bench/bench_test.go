@@ -150,6 +150,39 @@ func TestGoals(t *testing.T) {
 	}
 }
 
+// Where a goal is missed the table says what does the least reaches, and whether that misses
+// it as well.
+func TestLeast(t *testing.T) {
+	r := row{op: "write", depth: 64}.fill()
+	slow := row{plugin: "slow", depth: 64, threads: 64}.fill()
+	for _, tt := range []struct {
+		row                     row
+		host, floor, withPlugin float64 // operations for each of nbdkit's
+		verdicts                []string
+		beyond                  []bool
+	}{
+		{r, 3.6, 3.9, 3.8, []string{"met", "met", ""}, []bool{false, false, false}},
+		{r, 3.1, 3.3, 3.2, []string{"BELOW (floor 3.30)", "met", ""}, []bool{true, false, false}},
+		{r, 3.4, 4, 3.5, []string{"BELOW (floor 4.00)", "BELOW (floor+plugin 0.88)", ""}, []bool{false, true, false}},
+		{r, 3.4, 4, 3.8, []string{"BELOW (floor 4.00)", "BELOW (floor+plugin 0.95)", ""}, []bool{false, false, false}},
+		{slow, 3.4, 3.6, 0, []string{"BELOW (nbdkit -t 3.60)", ""}, []bool{false, false}},
+		{slow, 3.4, 3.45, 0, []string{"BELOW (nbdkit -t 3.45)", ""}, []bool{true, false}},
+	} {
+		measured := func(kind string, ops float64) *series {
+			return &series{kind: kind, samples: []sample{{ops: ops, cpu: 1 / (4 * ops)}}}
+		}
+		res := &result{row: tt.row, host: measured("nbdhost", tt.host)}
+		for i, kind := range tt.row.others() {
+			res.others = append(res.others, measured(kind, []float64{1, tt.floor, tt.withPlugin}[i]))
+		}
+		for i, c := range res.lines()[1:] {
+			if c.verdict != tt.verdicts[i] || c.beyond != tt.beyond[i] {
+				t.Errorf("%v beside %s: got %q, %v; want %q, %v", tt.host, c.server, c.verdict, c.beyond, tt.verdicts[i], tt.beyond[i])
+			}
+		}
+	}
+}
+
 func TestRatioIsOfTheSameRound(t *testing.T) {
 	a := &series{samples: []sample{{ops: 2}, {ops: 30}, {ops: 8}}}
 	b := &series{samples: []sample{{ops: 1}, {ops: 10}, {ops: 2}}}

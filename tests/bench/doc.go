@@ -20,6 +20,12 @@
 // measured, with ROWS those of all combinations that the expression matches;
 // -list prints their names.
 //
+// The servers of a line are nbdhost, nbdkit, qemu-nbd, floor, and
+//
+//	floor+plugin  the floor that calls nbdkit's memory plugin instead of memcpy
+//	nbdkit -t     nbdkit with as many threads as nbdhost in rows that end in t64
+//	without       nbdhost without --metrics
+//
 // Operations are counted as answered over the wall time of all connections
 // together. A server's processor time is read from its process's clock at the
 // start and the end of the same time.

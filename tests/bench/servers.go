@@ -31,8 +31,7 @@ var filterChain = [][]string{{"offset", "offset=0"}, {"delay"}, {"error"}}
 
 // A server is a running server of any kind.
 type server struct {
-	kind   string // nbdhost, nbdkit, qemu-nbd, floor, floor+plugin, nbdkit -t: with
-	// as many threads as nbdhost, or without: nbdhost without --metrics
+	kind   string // see doc.go
 	socket string // its path, or empty
 	port   int    // on 127.0.0.1, or 0
 	keys   string // the file of pre-shared keys for TLS, or empty
