@@ -122,7 +122,7 @@ fuzz-differential:
 bench:
 	$(call install,$(TEST_PACKAGES))
 	$(MAKE) --no-print-directory build
-	$(GO) run ./tests/bench --nbdhost $(BIN) $(if $(ROWS),--rows '$(ROWS)') $(if $(ROUNDS),--rounds $(ROUNDS)) \
+	$(GO) run ./tests/bench --nbdhost $(BIN) $(if $(value ROWS),--rows '$(value ROWS)') $(if $(ROUNDS),--rounds $(ROUNDS)) \
 	    $(if $(SECONDS),--seconds $(SECONDS)) $(if $(DOC),--doc $(DOC)) $(if $(PERF),--perf $(PERF))
 
 # Builds the image of the Dockerfile, where need be with images to begin with made of
