@@ -14,9 +14,16 @@ import (
 
 const (
 	pageSize = 4096
-	// receiveSize is how much is received at a time, unless one request needs
+	// receiveSize is how far into its buffer an input receives, unless one request needs
 	// more: enough for 64 writes of 4 KiB, and still in the processor's cache.
 	receiveSize = 256 << 10
+	// inputSize has room behind that for the rest of a request that begins there. To
+	// move what there is of one to the front costs less than to receive once more
+	// where it is movable bytes at most.
+	inputSize = 512 << 10
+	movable   = 16 << 10
+	// keptSize bounds the buffers for longer requests that are kept for the next one.
+	keptSize = 3 << 20
 	// lingerTime is how long linger waits, and lingerSpared how many times in a row
 	// it is left out at most.
 	lingerTime   = 20 * time.Microsecond
@@ -134,7 +141,7 @@ func (in *input) more(n int) error {
 		if err := in.makeRoom(); err != nil {
 			return err
 		}
-		got, err := in.c.stream().Read(in.buf.B[in.end:])
+		got, err := in.c.stream().Read(in.window())
 		in.end += got
 		if got > 0 {
 			return nil
@@ -232,7 +239,7 @@ func (in *input) drained() {
 // makeRoom provides a buffer with room for in.room bytes in hand.
 func (in *input) makeRoom() error {
 	if in.buf == nil {
-		b, err := backend.GetBuffer(max(receiveSize, pageSize+in.room))
+		b, err := backend.GetBuffer(max(inputSize, pageSize+in.room))
 		if err != nil {
 			return err
 		}
@@ -240,13 +247,15 @@ func (in *input) makeRoom() error {
 		in.rewind()
 		return nil
 	}
-	if in.start+in.room <= len(in.buf.B) {
+	have, fits := in.unread(), in.start+in.room <= len(in.buf.B)
+	switch {
+	case in.start+in.room <= receiveSize, fits && len(have) > movable:
 		return nil
-	}
-	have := in.unread()
-	if in.room <= len(in.buf.B) && in.start > len(have) {
+	case in.room <= len(in.buf.B) && in.start > len(have):
 		in.end = copy(in.buf.B, have)
 		in.start = 0
+		return nil
+	case fits:
 		return nil
 	}
 	// The request is larger than the buffer: one of its own.
@@ -262,9 +271,19 @@ func (in *input) makeRoom() error {
 	return nil
 }
 
-// shrink gives an empty buffer back that was made for one large request.
-func (in *input) shrink() {
-	if in.buf != nil && in.start == in.end && len(in.buf.B) > receiveSize {
+// window is where the next receive goes: no further than receiveSize, or to the end of the one
+// request that needs more, so that none which follows it has to be moved.
+func (in *input) window() []byte {
+	return in.buf.B[in.end:min(max(receiveSize, in.start+in.room), len(in.buf.B))]
+}
+
+// shrink gives an empty buffer back that was made for a large request, unless the last one
+// brought so many bytes that the next may well need it again.
+func (in *input) shrink(last uint64) {
+	if in.buf == nil || in.start < in.end || len(in.buf.B) <= inputSize {
+		return
+	}
+	if pageSize+last <= inputSize || len(in.buf.B) > keptSize {
 		in.release()
 	}
 }

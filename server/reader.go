@@ -172,7 +172,11 @@ func (r *reader) step() (gone bool, err error) {
 func (r *reader) wait(n int) error {
 	r.sample()
 	r.send()
-	r.in.shrink()
+	if r.req.Type == protocol.CmdWrite {
+		r.in.shrink(r.req.Length)
+	} else {
+		r.in.shrink(0)
+	}
 	r.temper()
 	for {
 		_, err := r.in.need(n)

@@ -104,7 +104,7 @@ const decryptSize = 64 << 10
 
 // decrypt receives what is there under TLS.
 func (in *input) decrypt(fd uintptr) (int, error) {
-	p := in.buf.B[in.end:]
+	p := in.window()
 	p = p[:min(len(p), max(decryptSize, in.room-(in.end-in.start)))]
 	n, err := in.secure.TryRead(fd, p)
 	in.c.full = n == len(p)
@@ -114,7 +114,7 @@ func (in *input) decrypt(fd uintptr) (int, error) {
 // receiveOnce receives once without waiting; 0 bytes are the end.
 func (in *input) receiveOnce(fd uintptr) (int, error) {
 	if in.secure == nil {
-		return unix.Read(int(fd), in.buf.B[in.end:])
+		return unix.Read(int(fd), in.window())
 	}
 	return in.decrypt(fd)
 }
