@@ -41,9 +41,9 @@
 //
 // What one client can make the server hold is bounded, also where it never reads
 // its replies: Limits.BytesPerConnection for requests that run on workers, or are
-// large, until their replies are sent; a buffer of input, at most Options.Threads
-// small requests that were taken for short, or a burst of them, and 1 MiB of small replies
-// behind them. Then no more calls are made for it.
+// large, until their replies are sent; a buffer of input, which is for the request under way or of
+// 3 MiB at most, at most Options.Threads small requests that were taken for short, or a burst of
+// them, and 1 MiB of small replies behind them. Then no more calls are made for it.
 //
 // # Limits and figures
 //
