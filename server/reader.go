@@ -36,11 +36,8 @@ type reader struct {
 	calls int
 	bytes uint64
 
-	tempered struct { // when in.receives was looked at
-		at    time.Time
-		calls uint64 // until then
-	}
-	yielded time.Time // when Go's scheduler ran last
+	tempered time.Time // when in.receives was looked at
+	yielded  time.Time // when Go's scheduler ran last
 }
 
 // yieldEvery is how often the reader of a hot socket lets Go's scheduler run. It blocks

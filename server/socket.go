@@ -253,14 +253,10 @@ const (
 	// hot.
 	temperEvery = 32
 	quickGap    = 8 * time.Millisecond
-	// A receive that brings deepReceive requests or more, half of them once the socket is
-	// hot, makes wake-ups rare: of such connections twice as many may be hot.
-	deepReceive = 6
 )
 
-// maxHot is how many sockets may be hot at a time, and more active ones than that make all
-// of them cold: the reader of each keeps a thread, and one of GOMAXPROCS (see blocks); with
-// very many of them the poller, which finds several at once, does better.
+// maxHot is how many sockets may be hot at a time where there are no more processors for their
+// readers than there are: each keeps a thread, and one of GOMAXPROCS.
 func maxHot() int32 {
 	procs := runtime.GOMAXPROCS(0)
 	if procs < 4 {
@@ -276,9 +272,8 @@ func (r *reader) temper() {
 	if r.in.receives < temperEvery {
 		return
 	}
-	receives, calls := r.in.receives, r.state.Load()/next
-	most := c.mostHot(receives, calls-r.tempered.calls)
-	r.in.receives, r.tempered.calls = 0, calls
+	receives, most := r.in.receives, c.s.mostHot()
+	r.in.receives = 0
 	crowded := c.s.watcher.active.Load() > most
 	if c.sock.hot() {
 		if crowded {
@@ -289,8 +284,8 @@ func (r *reader) temper() {
 		return
 	}
 	now := time.Now()
-	quick := now.Sub(r.tempered.at) < time.Duration(receives)*c.s.opts.hotGap
-	r.tempered.at = now
+	quick := now.Sub(r.tempered) < time.Duration(receives)*c.s.opts.hotGap
+	r.tempered = now
 	if !quick || crowded || len(c.slots) > 0 {
 		return
 	}
@@ -299,23 +294,17 @@ func (r *reader) temper() {
 	}
 }
 
-// mostHot is how many sockets may be hot so that c's may, of which so many receives have
-// brought so many calls.
-func (c *conn) mostHot(receives int, calls uint64) int32 {
-	o := &c.s.opts
-	least := uint64(deepReceive * receives)
-	if c.sock.hot() {
-		least /= 2
-	}
+// mostHot is how many sockets may be hot. More active ones than that make all of them cold: with
+// very many the poller, which finds several at once, does better.
+func (s *Server) mostHot() int32 {
+	o := &s.opts
 	switch {
 	case o.MaxProcs == 0: // more could keep all processors
 		return o.maxHot
-	case c.s.pinned: // each has a thread in any case, and the poller finds it by way of another
+	case s.pinned: // each has a thread in any case, and the poller finds it by way of another
 		return max(o.maxHot, int32(o.MaxProcs))
-	case calls >= least:
-		return 2 * o.maxHot
 	}
-	return o.maxHot
+	return 2 * o.maxHot
 }
 
 func (c *conn) heat() {
