@@ -249,9 +249,9 @@ func (in *input) makeRoom() error {
 	}
 	have, fits := in.unread(), in.start+in.room <= len(in.buf.B)
 	switch {
-	case in.start+in.room <= receiveSize, fits && len(have) > movable:
+	case in.start+in.room <= receiveSize:
 		return nil
-	case in.room <= len(in.buf.B) && in.start > len(have):
+	case in.room <= len(in.buf.B) && in.start > len(have) && (!fits || len(have) <= movable):
 		in.end = copy(in.buf.B, have)
 		in.start = 0
 		return nil

@@ -169,11 +169,7 @@ func (r *reader) step() (gone bool, err error) {
 func (r *reader) wait(n int) error {
 	r.sample()
 	r.send()
-	if r.req.Type == protocol.CmdWrite {
-		r.in.shrink(r.req.Length)
-	} else {
-		r.in.shrink(0)
-	}
+	r.in.shrink(r.req.PayloadLength(r.c.negotiated.ExtendedHeaders))
 	r.temper()
 	for {
 		_, err := r.in.need(n)
