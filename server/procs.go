@@ -5,6 +5,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -13,13 +15,23 @@ const (
 	procStep = 8
 	// procCalm is after how long without need of them it is set back.
 	procCalm = time.Second
+	// napTime is more than two of the longest times between two looks of the runtime's
+	// monitor.
+	napTime = 25 * time.Millisecond
 )
 
-// A processors raises GOMAXPROCS while more of them are kept than it is large. A call that
-// blocks in C keeps one of them until the scheduler notices, which may take as long as
-// the call, and who waits for one meanwhile, as readers do, seems as slow as the calls. So
-// does the reader of a hot socket, and clients that connect would wait.
-// More of them than needed cost time, since the scheduler looks through all for work.
+// A processors sees to it that goroutines find a processor of Go's scheduler while threads
+// block in C and in system calls. Such a thread keeps its own until the runtime's monitor takes
+// it away, which it does when it sees the same call twice.
+//
+// Readers of hot sockets block again and again, and are faster while the monitor sleeps: for
+// them there are more processors. More than needed cost time, since the scheduler looks through
+// all of them for work.
+//
+// Where more calls take long than there are processors the monitor had better be awake. It
+// looks every 20 µs as long as that brings something, and every 10 ms where it has not
+// for a while. Then calls of a millisecond come and go between two looks, it sees none twice, and
+// there are as many calls at a time as processors, for as long as clients go on.
 type processors struct {
 	wanted atomic.Int64 // the most that were since the last look
 	now    atomic.Int64 // as many as there are, once raised
@@ -27,19 +39,36 @@ type processors struct {
 	mu     sync.Mutex
 	before int         // as many as there were, while raised
 	timer  *time.Timer // of settle, while raised
+
+	napping atomic.Bool // a nap is under way
 }
 
-// blocks takes in that calls take long while threads need not wait for processors, or that
-// sockets are hot. Seven processors for eight calls are enough, and as soon as there are
-// more than calls those that are free cost time; for two hot sockets there are three.
-func (s *Server) blocks() {
-	p := &s.processors
-	n := min(int64(s.handed.Load()*7/8)+int64(s.hot.Load()*3/2), int64(s.opts.MaxProcs))
+// callsBlock takes in that calls take long, of which so many have been handed to workers. If
+// those are more than there are processors the monitor is kept awake.
+func (p *processors) callsBlock(handed int64) {
+	if !p.napping.Load() && handed > int64(runtime.GOMAXPROCS(0)) && p.napping.CompareAndSwap(false, true) {
+		go p.nap()
+	}
+}
+
+// nap blocks for so long that the monitor sees it twice, whatever the calls do. Each is a
+// goroutine of its own, which begins on the processor of who started it: one that napped again
+// and again would come back to the same, and a thread that had that before would take it back
+// each time, as threads do.
+func (p *processors) nap() {
+	t := unix.NsecToTimespec(int64(napTime))
+	_ = unix.Nanosleep(&t, nil) // not time.Sleep, which keeps no processor
+	p.napping.Store(false)
+}
+
+// keep takes in that sockets are hot: for two of them there are three processors.
+func (p *processors) keep(hot int32, most int) {
+	n := min(int64(hot*3/2), int64(most))
 	if n > p.wanted.Load() {
 		p.wanted.Store(n)
 	}
 	if n > p.now.Load() {
-		p.raise(int(n), s.opts.MaxProcs)
+		p.raise(int(n), most)
 	}
 }
 

@@ -279,7 +279,7 @@ func (r *reader) temper() {
 		if crowded {
 			c.cool()
 		} else {
-			c.s.blocks()
+			c.s.processors.keep(c.s.hot.Load(), c.s.opts.MaxProcs)
 		}
 		return
 	}

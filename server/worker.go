@@ -190,8 +190,8 @@ func (t *task) long(payload []byte) {
 	d := time.Since(began)
 	c.lane.Unlock()
 	starved := contended && d > longCall && threadWaits() == waits
-	if c.pace.long(d, t.req.Length, starved) && !contended {
-		c.s.blocks()
+	if c.pace.long(d, t.req.Length, starved) {
+		c.s.processors.callsBlock(c.s.handed.Load())
 	}
 	c.s.long.Add(-1)
 }

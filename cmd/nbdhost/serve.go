@@ -23,10 +23,10 @@ import (
 	"nbdhost/server"
 )
 
-// The Go scheduler keeps one of its processors for a call that blocks in C until it
-// notices, so the server has as many as calls may block at a time, at least minProcs, and
-// at most maxProcs, since the scheduler looks through all of them for work: see
-// RATIONALE.md.
+// The Go scheduler keeps one of its processors for a thread that blocks until it notices, so
+// there are more than the machine has: minProcs, and up to maxProcs while readers of hot
+// sockets block, but no more than that, since the scheduler looks through all of them for
+// work: see RATIONALE.md.
 const (
 	minProcs = 16
 	maxProcs = 128
