@@ -54,11 +54,16 @@ func dataTrace(s *server) string {
 	return strings.Join(dataLine.FindAllString(s.stderr(), -1), "\n")
 }
 
-// awaitClose returns when each session that was opened has been closed: a signal that
-// comes earlier keeps nbdkit from closing it.
+// awaitClose returns when each session that was opened has been closed, or the server has
+// ended by itself: a signal that comes earlier keeps nbdkit from closing it.
 func awaitClose(s *server) {
 	s.t.Helper()
 	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(time.Millisecond) {
+		select {
+		case <-s.exited:
+			return
+		default:
+		}
 		text := s.stderr()
 		opened := strings.Count(text, "p: open returned handle 0x")
 		if opened == strings.Count(text, "debug: p: close\n") {
@@ -117,6 +122,7 @@ func compareTraces(t *testing.T, spec map[string]string, args ...string) {
 		writeFile(t, path, "h.add_meta_context('base:allocation')\nh.connect_uri('"+s.uri("")+"')\n"+layerSession, 0o644)
 		out, err := try(t, "/usr/bin/nbdsh", "-c", "exec(open('"+path+"').read())")
 		result = s.anonymous(list+out) + fmt.Sprintln("client failed:", err != nil)
+		awaitClose(s) // it may be about to abort
 		select {
 		case <-s.exited:
 			return "", true
