@@ -551,14 +551,16 @@ func TestBlockSizes(t *testing.T) {
 	v.extents = func(_ uint32, off uint64, x *backend.Extents) error {
 		return errors.Join(x.Add(0, 1000, 0), x.Add(1000, 1<<20, backend.ExtentHole))
 	}
-	lenient := newVast(1<<20 + 100)
-	lenient.blocks = v.blocks
-	_, lax := serveVast(t, lenient, Options{})
-	c := handshake(t, lax, protocol.OptStructuredReply, protocol.InfoBlockSize)
-	c.Write((&protocol.Request{Type: protocol.CmdRead, Offset: 1, Length: 65536 + 512}).AppendTo(nil))
-	if h, data := c.compactChunk(); h.Type != protocol.ReplyOffsetData {
-		t.Errorf("lax: got %+v %q", h, data)
-	}
+	t.Run("lenient", func(t *testing.T) { // is over before the other server counts buffers
+		lenient := newVast(1<<20 + 100)
+		lenient.blocks = v.blocks
+		_, lax := serveVast(t, lenient, Options{})
+		c := handshake(t, lax, protocol.OptStructuredReply, protocol.InfoBlockSize)
+		c.Write((&protocol.Request{Type: protocol.CmdRead, Offset: 1, Length: 65536 + 512}).AppendTo(nil))
+		if h, data := c.compactChunk(); h.Type != protocol.ReplyOffsetData {
+			t.Errorf("got %+v %q", h, data)
+		}
+	})
 	_, path := serveVast(t, v, Options{StrictBlockSize: true})
 	for _, tt := range []struct {
 		infos []protocol.Info
@@ -582,7 +584,7 @@ func TestBlockSizes(t *testing.T) {
 			t.Errorf("%v %+v: got %+v %q, need %v", tt.infos, tt.r, h, data, tt.want)
 		}
 	}
-	c = handshake(t, path, protocol.OptStructuredReply, protocol.InfoBlockSize)
+	c := handshake(t, path, protocol.OptStructuredReply, protocol.InfoBlockSize)
 	c.Write((&protocol.Request{Type: protocol.CmdBlockStatus, Length: 4096}).AppendTo(nil))
 	_, data := c.compactChunk()
 	var got protocol.BlockStatus

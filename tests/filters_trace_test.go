@@ -35,7 +35,6 @@ var (
 // layerTrace returns the debug lines of the layers: what the server is about to call,
 // and what is called.
 func layerTrace(s *server) string {
-	awaitClose(s)
 	s.stop()
 	var lines []string
 	for line := range strings.SplitSeq(s.stderr(), "\n") {
