@@ -22,7 +22,8 @@
 // Calls that are short, or that the thread model serialises, run on that
 // goroutine. Short reads and writes in hand are carried out together (burst.go). Where calls
 // take long (pace.go) they go to workers, which are started when they are needed (worker.go),
-// and the runtime's monitor is kept awake, so that they share Go's processors (procs.go). The last request in hand stays with the reader, if few calls are under
+// and the runtime's monitor is kept awake, so that more of them can block than Go has
+// processors (procs.go). The last request in hand stays with the reader, if few calls are under
 // way; its connection goes to another goroutine when the client sends more (guard.go). A call
 // that was expected to be short and is not loses the connection: the watcher (watch.go)
 // hands the connection to a new goroutine at its second look, after two to sixteen

@@ -22,12 +22,10 @@ func TestProcessors(t *testing.T) {
 	t.Cleanup(func() { runtime.GOMAXPROCS(runtime.GOMAXPROCS(procs)) })
 	runtime.GOMAXPROCS(procs)
 	h := newHooked()
-	var under, most atomic.Int64
+	var under atomic.Int64
 	h.before = func(_ *backend.Call, cb backend.Callback, _ uint64) error {
 		if cb == backend.Pread {
-			n := under.Add(1)
-			for m := most.Load(); n > m && !most.CompareAndSwap(m, n); m = most.Load() {
-			}
+			under.Add(1)
 			d := unix.NsecToTimespec(int64(time.Millisecond))
 			_ = unix.Nanosleep(&d, nil) // as a module blocks, which time.Sleep does not
 			under.Add(-1)
@@ -50,13 +48,34 @@ func TestProcessors(t *testing.T) {
 			})
 		}
 	}
-	eventually(t, s, func(st Stats) bool {
-		return s.processors.napping.Load() && most.Load() >= conns*threads*3/4
+	await(t, "many calls block, and the monitor is kept awake", func() bool {
+		return s.processors.napping.Load() && under.Load() >= conns*threads*3/4
 	})
 	if n := runtime.GOMAXPROCS(0); n != procs {
 		t.Errorf("%d processors, need the %d there were", n, procs)
 	}
 	stop.Store(true)
 	clients.Wait()
-	eventually(t, s, func(Stats) bool { return !s.processors.napping.Load() })
+	await(t, "the monitor may sleep", func() bool { return !s.processors.napping.Load() })
+}
+
+// For two hot sockets there are three processors, in steps, but no more than may be, and after
+// that as many as before.
+func TestProcessorsKept(t *testing.T) {
+	const before = 4
+	t.Cleanup(func() { runtime.GOMAXPROCS(runtime.GOMAXPROCS(before)) })
+	runtime.GOMAXPROCS(before)
+	for _, tt := range []struct {
+		hot        int32
+		most, want int
+	}{{16, 0, before}, {2, 60, before}, {8, 60, 16}, {16, 60, 24}, {16, 20, 20}} {
+		var p processors
+		for range 2 {
+			p.keep(tt.hot, tt.most)
+			if n := runtime.GOMAXPROCS(0); n != tt.want {
+				t.Errorf("%d hot sockets, at most %d: got %d processors, need %d", tt.hot, tt.most, n, tt.want)
+			}
+		}
+		await(t, "the processors are set back", func() bool { return runtime.GOMAXPROCS(0) == before })
+	}
 }

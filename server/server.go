@@ -53,8 +53,8 @@ type Options struct {
 	// HandshakeTimeout is how long a client may take from the connection to
 	// the end of the handshake; 0 is for ever.
 	HandshakeTimeout time.Duration
-	// MaxProcs is up to where the server raises GOMAXPROCS as long as readers of so
-	// many connections block; 0 leaves it alone. It is for one server of a process.
+	// MaxProcs is up to where the server raises GOMAXPROCS while readers of connections
+	// block in a receive; 0 leaves it alone. It is for one server of a process.
 	MaxProcs int
 	// SlowRequest is the longest time that a call into the chain may take, waiting
 	// for its turn included, before there is a warning; 0 for none. There are at

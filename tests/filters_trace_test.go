@@ -53,23 +53,24 @@ func dataTrace(s *server) string {
 	return strings.Join(dataLine.FindAllString(s.stderr(), -1), "\n")
 }
 
-// awaitClose returns when each session that was opened has been closed, or the server has
-// ended by itself: a signal that comes earlier keeps nbdkit from closing it.
-func awaitClose(s *server) {
+// awaitClose returns when each session that was opened has been closed, since a signal that
+// comes earlier keeps nbdkit from closing it, or when the server has ended by itself.
+func awaitClose(s *server) (ended bool) {
 	s.t.Helper()
 	for end := time.Now().Add(patience); time.Now().Before(end); time.Sleep(time.Millisecond) {
 		select {
 		case <-s.exited:
-			return
+			return true
 		default:
 		}
 		text := s.stderr()
 		opened := strings.Count(text, "p: open returned handle 0x")
 		if opened == strings.Count(text, "debug: p: close\n") {
-			return
+			return false
 		}
 	}
 	s.t.Fatalf("wait for all sessions to be closed:\n%s", s.stderr())
+	return false
 }
 
 // layerSession makes one request of each kind, whatever the export can do.
@@ -121,11 +122,8 @@ func compareTraces(t *testing.T, spec map[string]string, args ...string) {
 		writeFile(t, path, "h.add_meta_context('base:allocation')\nh.connect_uri('"+s.uri("")+"')\n"+layerSession, 0o644)
 		out, err := try(t, "/usr/bin/nbdsh", "-c", "exec(open('"+path+"').read())")
 		result = s.anonymous(list+out) + fmt.Sprintln("client failed:", err != nil)
-		awaitClose(s) // it may be about to abort
-		select {
-		case <-s.exited:
+		if awaitClose(s) {
 			return "", true
-		default:
 		}
 		return result + trace(s), false
 	}
