@@ -228,7 +228,7 @@ func TestGuardEnds(t *testing.T) {
 }
 
 // Where processors are contended calls that wait for something stay slow, and calls that
-// only take long are not.
+// only take long are not. Of those that are known to wait few are asked.
 func TestWaits(t *testing.T) {
 	for _, tt := range []struct {
 		name string
@@ -243,7 +243,7 @@ func TestWaits(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			h := newHooked()
-			var calls atomic.Int64
+			var calls, asked atomic.Int64
 			h.before = func(_ *backend.Call, cb backend.Callback, _ uint64) error {
 				if cb == backend.Pread {
 					calls.Add(1)
@@ -251,7 +251,10 @@ func TestWaits(t *testing.T) {
 				}
 				return nil
 			}
-			s, uri, _ := serve(t, h, Options{contended: func(time.Time) bool { return true }})
+			s, uri, _ := serve(t, h, Options{contended: func(time.Time) bool {
+				asked.Add(1)
+				return true
+			}})
 			client := dial(t, uri, nil)
 			c := only(t, s)
 			c.pace.slacken(firstSlow)
@@ -265,6 +268,9 @@ func TestWaits(t *testing.T) {
 			}
 			if c.pace.slow.Load() != tt.slow {
 				t.Errorf("after %d calls: slow %v, want %v", calls.Load(), !tt.slow, tt.slow)
+			}
+			if n := asked.Load(); tt.slow && n > calls.Load()/4 {
+				t.Errorf("%d of %d calls were asked, want one in %d where all take long", n, calls.Load(), sampleLong)
 			}
 		})
 	}

@@ -21,8 +21,10 @@ const (
 	// meanCalls is over how many calls the mean goes then: where one in a hundred
 	// waits for a device, they all count as slow.
 	meanCalls = 512
-	// Above mostlyLong calls are long. What begins to be slow is below it.
+	// Above mostlyLong calls are long, and one in sampleLong is timed. What begins to be slow is
+	// below it.
 	mostlyLong = longCall * 9 / 10
+	sampleLong = 8
 	firstSlow  = longCall * 3 / 4
 	// Moving data takes time in proportion to its size, on any goroutine:
 	// about a third of a nanosecond a byte.
@@ -81,17 +83,26 @@ func (p *pace) inline(d time.Duration, n int, bytes uint64) {
 	}
 }
 
-// long takes in what a call took where calls are slow. cost follows the mean: also where
-// only some of the calls wait for a device the others need not wait for them. starved
+// each tells of how many calls where they are slow one is to be timed: of few where nearly all are
+// known to take long, since to ask for what a thread has waited takes a microsecond.
+func (p *pace) each() int {
+	if p.cost.Load() >= int64(mostlyLong) {
+		return sampleLong
+	}
+	return 1
+}
+
+// long takes in what one of so many calls took where calls are slow. cost follows the mean: also
+// where only some of the calls wait for a device the others need not wait for them. starved
 // says that the call has only waited for a processor. It tells whether calls block for
 // long.
-func (p *pace) long(d time.Duration, bytes uint64, starved bool) bool {
+func (p *pace) long(d time.Duration, calls int, bytes uint64, starved bool) bool {
 	taken := min(own(d, bytes), int64(longestCall))
 	if starved {
 		taken = 0
 	}
 	cost := p.cost.Load()
-	cost += (taken - cost) / meanCalls
+	cost += (taken - cost) * int64(calls) / meanCalls
 	p.cost.Store(cost)
 	if cost < int64(fastCall) {
 		p.slow.Store(false)

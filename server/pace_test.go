@@ -15,11 +15,11 @@ func TestPace(t *testing.T) {
 	contended := false
 	feed := func(p *pace, n int, each func(i int) time.Duration) {
 		for i := range n {
-			if p.slow.Load() {
-				d := each(i)
-				p.long(d, 4096, contended && d > longCall)
-			} else {
+			if !p.slow.Load() {
 				p.inline(8*each(i), 8, 8*4096)
+			} else if calls := p.each(); i%calls == 0 {
+				d := each(i)
+				p.long(d, calls, 4096, contended && d > longCall)
 			}
 		}
 	}
@@ -117,7 +117,7 @@ func TestPace(t *testing.T) {
 		p.lost(now, true, 1)
 	}
 	for range 2000 { // which have waited for something else
-		p.long(slow, 4096, false)
+		p.long(slow, 1, 4096, false)
 	}
 	if !p.slow.Load() {
 		t.Error("slow calls while processors are contended: not slow")

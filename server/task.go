@@ -26,6 +26,8 @@ type task struct {
 	began   time.Time // of the call; zero where nobody wants to know
 	tally   tally
 
+	longCalls int // calls so far that were expected to take long
+
 	// What the request has taken from the limits: requests, and bytes.
 	working int64
 	held    held

@@ -180,6 +180,19 @@ func (t *task) long(payload []byte) {
 	c.s.long.Add(1)
 	t.begin()
 	c.lane.Lock()
+	each := c.pace.each()
+	if t.longCalls++; t.longCalls%each == 0 {
+		t.timed(payload, each)
+	} else {
+		t.run(payload)
+		c.lane.Unlock()
+	}
+	c.s.long.Add(-1)
+}
+
+// timed makes a call that stands for so many that take long, and gives the lane back.
+func (t *task) timed(payload []byte, calls int) {
+	c := t.c
 	began := time.Now()
 	contended := c.s.opts.contended(began)
 	var waits int64
@@ -190,8 +203,7 @@ func (t *task) long(payload []byte) {
 	d := time.Since(began)
 	c.lane.Unlock()
 	starved := contended && d > longCall && threadWaits() == waits
-	if c.pace.long(d, t.req.Length, starved) {
+	if c.pace.long(d, calls, t.req.Length, starved) {
 		c.s.processors.callsBlock(c.s.handed.Load())
 	}
-	c.s.long.Add(-1)
 }
