@@ -105,6 +105,33 @@ func testPinned(t *testing.T, o Options) {
 	}
 }
 
+// A reader lets Go's scheduler run, unless it is pinned: then another thread would have to run
+// before it could go on.
+func TestYield(t *testing.T) {
+	for _, tt := range []struct {
+		name    string
+		backend func(*hooked) backend.Backend
+		yields  bool
+	}{
+		{"free", func(h *hooked) backend.Backend { return h }, true},
+		{"pinned", func(h *hooked) backend.Backend { return &pinned{hooked: h} }, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			h := newHooked()
+			h.model = backend.SerializeRequests
+			s, _, path := serveBackend(t, tt.backend(h), h, Options{parkAfter: time.Hour})
+			nc := raw(t, path)
+			ask(t, nc, sampleCalls)
+			r := only(t, s).reader.Load()
+			nc.Close()
+			eventually(t, s, func(st Stats) bool { return st.Connections == 0 })
+			if yielded := !r.yielded.IsZero(); yielded != tt.yields {
+				t.Errorf("has yielded: %v, want %v", yielded, tt.yields)
+			}
+		})
+	}
+}
+
 // There are fewer threads than connections that somebody may make.
 func TestPinnedLimit(t *testing.T) {
 	chain := backend.NewChain(&pinned{hooked: newHooked()}, nil, backend.Trace{})
