@@ -83,20 +83,14 @@ func (p *pace) inline(d time.Duration, n int, bytes uint64) {
 	}
 }
 
-// each tells of how many calls where they are slow one is to be timed: of few where nearly all are
-// known to take long, since to ask for what a thread has waited takes a microsecond.
-func (p *pace) each() int {
-	if p.cost.Load() >= int64(mostlyLong) {
-		return sampleLong
-	}
-	return 1
-}
+// mostlyLong tells whether nearly all calls are known to take long. Then one in sampleLong is
+// timed, since to ask for what a thread has waited takes a microsecond.
+func (p *pace) mostlyLong() bool { return p.cost.Load() >= int64(mostlyLong) }
 
 // long takes in what one of so many calls took where calls are slow. cost follows the mean: also
 // where only some of the calls wait for a device the others need not wait for them. starved
-// says that the call has only waited for a processor. It tells whether calls block for
-// long.
-func (p *pace) long(d time.Duration, calls int, bytes uint64, starved bool) bool {
+// says that the call has only waited for a processor.
+func (p *pace) long(d time.Duration, calls int, bytes uint64, starved bool) {
 	taken := min(own(d, bytes), int64(longestCall))
 	if starved {
 		taken = 0
@@ -107,7 +101,6 @@ func (p *pace) long(d time.Duration, calls int, bytes uint64, starved bool) bool
 	if cost < int64(fastCall) {
 		p.slow.Store(false)
 	}
-	return cost >= int64(mostlyLong)
 }
 
 // lost takes in that a call lost the connection, the last of so many that its reader has

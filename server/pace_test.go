@@ -15,10 +15,13 @@ func TestPace(t *testing.T) {
 	contended := false
 	feed := func(p *pace, n int, each func(i int) time.Duration) {
 		for i := range n {
+			calls := 1
+			if p.mostlyLong() {
+				calls = sampleLong
+			}
 			if !p.slow.Load() {
 				p.inline(8*each(i), 8, 8*4096)
-			} else if calls := p.each(); i%calls == 0 {
-				d := each(i)
+			} else if d := each(i); i%calls == 0 {
 				p.long(d, calls, 4096, contended && d > longCall)
 			}
 		}

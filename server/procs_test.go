@@ -49,7 +49,7 @@ func TestProcessors(t *testing.T) {
 		}
 	}
 	await(t, "many calls block, and the monitor is kept awake", func() bool {
-		return s.processors.napping.Load() && under.Load() >= conns*threads*3/4
+		return s.processors.napping.Load() && under.Load() >= 4*procs
 	})
 	if n := runtime.GOMAXPROCS(0); n != procs {
 		t.Errorf("%d processors, need the %d there were", n, procs)

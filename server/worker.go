@@ -180,17 +180,24 @@ func (t *task) long(payload []byte) {
 	c.s.long.Add(1)
 	t.begin()
 	c.lane.Lock()
-	each := c.pace.each()
-	if t.longCalls++; t.longCalls%each == 0 {
-		t.timed(payload, each)
+	mostly := c.pace.mostlyLong()
+	calls := 1
+	if mostly {
+		calls = sampleLong
+	}
+	if t.longCalls++; t.longCalls%calls == 0 {
+		t.timed(payload, calls)
 	} else {
 		t.run(payload)
-		c.lane.Unlock()
+	}
+	c.lane.Unlock()
+	if mostly {
+		c.s.processors.callsBlock(c.s.handed.Load())
 	}
 	c.s.long.Add(-1)
 }
 
-// timed makes a call that stands for so many that take long, and gives the lane back.
+// timed makes a call that stands for so many that take long.
 func (t *task) timed(payload []byte, calls int) {
 	c := t.c
 	began := time.Now()
@@ -201,9 +208,6 @@ func (t *task) timed(payload []byte, calls int) {
 	}
 	t.run(payload)
 	d := time.Since(began)
-	c.lane.Unlock()
 	starved := contended && d > longCall && threadWaits() == waits
-	if c.pace.long(d, calls, t.req.Length, starved) {
-		c.s.processors.callsBlock(c.s.handed.Load())
-	}
+	c.pace.long(d, calls, t.req.Length, starved)
 }
