@@ -83,9 +83,14 @@ func (p *pace) inline(d time.Duration, n int, bytes uint64) {
 	}
 }
 
-// mostlyLong tells whether nearly all calls are known to take long. Then one in sampleLong is
-// timed, since to ask for what a thread has waited takes a microsecond.
-func (p *pace) mostlyLong() bool { return p.cost.Load() >= int64(mostlyLong) }
+// each tells of how many calls where they are slow one is timed: of sampleLong where nearly all are
+// known to take long, since to ask for what a thread has waited takes a microsecond; else of one.
+func (p *pace) each() int {
+	if p.cost.Load() >= int64(mostlyLong) {
+		return sampleLong
+	}
+	return 1
+}
 
 // long takes in what one of so many calls took where calls are slow. cost follows the mean: also
 // where only some of the calls wait for a device the others need not wait for them. starved

@@ -15,13 +15,9 @@ func TestPace(t *testing.T) {
 	contended := false
 	feed := func(p *pace, n int, each func(i int) time.Duration) {
 		for i := range n {
-			calls := 1
-			if p.mostlyLong() {
-				calls = sampleLong
-			}
 			if !p.slow.Load() {
 				p.inline(8*each(i), 8, 8*4096)
-			} else if d := each(i); i%calls == 0 {
+			} else if calls, d := p.each(), each(i); i%calls == 0 {
 				p.long(d, calls, 4096, contended && d > longCall)
 			}
 		}

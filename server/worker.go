@@ -180,24 +180,21 @@ func (t *task) long(payload []byte) {
 	c.s.long.Add(1)
 	t.begin()
 	c.lane.Lock()
-	mostly := c.pace.mostlyLong()
-	calls := 1
-	if mostly {
-		calls = sampleLong
-	}
-	if t.longCalls++; t.longCalls%calls == 0 {
-		t.timed(payload, calls)
+	each := c.pace.each()
+	if t.longCalls++; t.longCalls%each == 0 {
+		t.timed(payload, each)
 	} else {
 		t.run(payload)
+		c.lane.Unlock()
 	}
-	c.lane.Unlock()
-	if mostly {
+	if each == sampleLong { // nearly all calls block
 		c.s.processors.callsBlock(c.s.handed.Load())
 	}
 	c.s.long.Add(-1)
 }
 
-// timed makes a call that stands for so many that take long.
+// timed makes a call that stands for so many that take long, and gives the lane back, which
+// nobody should wait for any longer than that.
 func (t *task) timed(payload []byte, calls int) {
 	c := t.c
 	began := time.Now()
@@ -208,6 +205,7 @@ func (t *task) timed(payload []byte, calls int) {
 	}
 	t.run(payload)
 	d := time.Since(began)
+	c.lane.Unlock()
 	starved := contended && d > longCall && threadWaits() == waits
 	c.pace.long(d, calls, t.req.Length, starved)
 }
