@@ -19,27 +19,26 @@ const contentionAge = time.Millisecond
 // little about the call. It is about the whole machine: where the process may use some of
 // its processors only, it may not see that they are wanted.
 type contention struct {
-	loadavg *os.File // proc_loadavg(5); nil where there is none
-	most    int      // threads run or wait where the processors are not yet contended
-	start   time.Time
-	at      atomic.Int64 // of the answer, ns since start
+	loadavg *os.File     // proc_loadavg(5); nil where there is none
+	most    int          // threads run or wait where the processors are not yet contended
+	at      atomic.Int64 // when the answer was found
 	answer  atomic.Bool
 }
 
 // processContention is the only one; it is made when a call has lost its connection, or
 // where calls take long.
 var processContention = sync.OnceValue(func() *contention {
-	c := &contention{start: time.Now()}
+	c := &contention{}
 	c.loadavg, _ = os.Open("/proc/loadavg")
 	online, _ := os.ReadFile("/sys/devices/system/cpu/online")
 	c.most = 2 * cpus(strings.TrimSpace(string(online)))
 	return c
 })
 
-// is tells it for now.
-func (c *contention) is(now time.Time) bool {
-	at, t := c.at.Load(), int64(now.Sub(c.start))
-	if at != 0 && t-at < int64(contentionAge) || !c.at.CompareAndSwap(at, t) {
+// is tells it for t, which is now.
+func (c *contention) is(t time.Duration) bool {
+	at := c.at.Load()
+	if at != 0 && t-time.Duration(at) < contentionAge || !c.at.CompareAndSwap(at, int64(t)) {
 		return c.answer.Load()
 	}
 	if c.loadavg == nil || c.most == 0 {

@@ -251,7 +251,7 @@ func TestWaits(t *testing.T) {
 				}
 				return nil
 			}
-			s, uri, _ := serve(t, h, Options{contended: func(time.Time) bool {
+			s, uri, _ := serve(t, h, Options{contended: func(time.Duration) bool {
 				asked.Add(1)
 				return true
 			}})

@@ -120,9 +120,6 @@ func (in *input) more(n int) error {
 		if in.end > in.start && in.secure == nil {
 			in.linger()
 		}
-		if in.c.s.hot.Load() > in.c.s.opts.maxHot { // so many that it counts what each has
-			in.drained()
-		}
 		got, err := in.receiveOnce(uintptr(in.c.sock.fd))
 		switch {
 		case err == unix.EINTR:
@@ -179,7 +176,7 @@ func (in *input) linger() {
 		in.spared--
 		return
 	}
-	for began := time.Now(); time.Since(began) < lingerTime; {
+	for began := now(); now()-began < lingerTime; {
 		if readable(uintptr(in.c.sock.fd)) {
 			in.vain = 0
 			return

@@ -54,8 +54,8 @@ type pace struct {
 
 	// The watcher's.
 	strain int           // calls that lost the connection
-	last   time.Time     // when one did
-	tried  time.Time     // when a trial began
+	last   time.Duration // when one did
+	tried  time.Duration // when a trial began
 	pause  time.Duration // from then to the next
 }
 
@@ -110,15 +110,15 @@ func (p *pace) long(d time.Duration, calls int, bytes uint64, starved bool) {
 
 // lost takes in that a call lost the connection, the last of so many that its reader has
 // made since it had it.
-func (p *pace) lost(now time.Time, contended bool, calls uint64) {
+func (p *pace) lost(at time.Duration, contended bool, calls uint64) {
 	calm := strainTime
 	if contended {
 		calm = trialStrainTime
 	}
-	if now.Sub(p.last) > calm {
+	if at-p.last > calm {
 		p.strain = 0
 	}
-	p.last = now
+	p.last = at
 	if contended && calls > trialCalls {
 		p.strain = 0
 		return
@@ -130,8 +130,8 @@ func (p *pace) lost(now time.Time, contended bool, calls uint64) {
 	case !contended:
 		p.pause = 0
 		p.slacken(firstSlow)
-	case now.Sub(p.tried) > p.pause:
-		p.tried, p.pause = now, min(max(2*p.pause, trialFirst), trialMost)
+	case at-p.tried > p.pause:
+		p.tried, p.pause = at, min(max(2*p.pause, trialFirst), trialMost)
 		p.slacken(trialCost)
 	}
 }

@@ -73,17 +73,17 @@ func TestPace(t *testing.T) {
 		t.Errorf("long calls: got a cost of %d ns", p.cost.Load())
 	}
 
-	now := time.Now()
+	at := now()
 	for range 10 { // now and then
-		now = now.Add(2 * strainTime)
-		p.lost(now, false, 1000)
+		at += 2 * strainTime
+		p.lost(at, false, 1000)
 	}
 	if p.slow.Load() {
 		t.Error("seldom lost: slow")
 	}
 	for range strainMost {
-		now = now.Add(2 * minTick)
-		p.lost(now, false, 1000)
+		at += 2 * minTick
+		p.lost(at, false, 1000)
 	}
 	if !p.slow.Load() {
 		t.Error("often lost: not slow")
@@ -93,15 +93,15 @@ func TestPace(t *testing.T) {
 	// vain.
 	p, contended = pace{}, true
 	for range 100 {
-		now = now.Add(minTick)
-		p.lost(now, true, trialCalls+1)
+		at += minTick
+		p.lost(at, true, trialCalls+1)
 	}
 	if p.slow.Load() {
 		t.Error("calls that were fast before lost the connection while processors are contended: slow")
 	}
 	trials := 0
-	for end := now.Add(10 * time.Second); now.Before(end); now = now.Add(2 * strainTime) {
-		p.lost(now, true, 1)
+	for end := at + 10*time.Second; at < end; at += 2 * strainTime {
+		p.lost(at, true, 1)
 		if p.slow.Load() {
 			trials++
 			if feed(&p, 100, all(fast)); p.slow.Load() {
@@ -112,8 +112,8 @@ func TestPace(t *testing.T) {
 	if trials < 5 || trials > 8 { // after 0, 0.1, 0.3, 0.7, 1.5, 3.1, 6.3 seconds
 		t.Errorf("got %d trials in 10 seconds, need 7", trials)
 	}
-	for end := now.Add(2 * trialMost); now.Before(end) && !p.slow.Load(); now = now.Add(2 * strainTime) {
-		p.lost(now, true, 1)
+	for end := at + 2*trialMost; at < end && !p.slow.Load(); at += 2 * strainTime {
+		p.lost(at, true, 1)
 	}
 	for range 2000 { // which have waited for something else
 		p.long(slow, 1, 4096, false)
@@ -152,19 +152,19 @@ func TestContention(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	now := time.Now()
-	c := &contention{loadavg: f, most: 4, start: now.Add(-time.Hour)}
-	if !c.is(now) {
+	at := now()
+	c := &contention{loadavg: f, most: 4}
+	if !c.is(at) {
 		t.Error("5 of 4: not contended")
 	}
 	say(4)
-	if !c.is(now.Add(contentionAge / 2)) {
+	if !c.is(at + contentionAge/2) {
 		t.Error("asked again at once")
 	}
-	if c.is(now.Add(contentionAge)) {
+	if c.is(at + contentionAge) {
 		t.Error("4 of 4: contended")
 	}
-	if (&contention{start: now}).is(now.Add(time.Hour)) {
+	if (&contention{}).is(at + time.Hour) {
 		t.Error("contended where nobody can tell")
 	}
 }

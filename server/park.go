@@ -52,7 +52,7 @@ func (c *conn) endWaits(t time.Time) {
 // is in flight, and neither the watcher nor a shutdown is about to do something with it.
 func (r *reader) parks() bool {
 	return len(r.c.slots) == 0 && !r.c.watched.Load() && !r.c.s.quitting() &&
-		len(r.in.unread()) == 0 && r.out.empty() && time.Since(r.arrived) >= r.c.s.opts.parkAfter
+		len(r.in.unread()) == 0 && r.out.empty() && now()-r.arrived >= r.c.s.opts.parkAfter
 }
 
 // parkable tells whether the connection may be parked at all.

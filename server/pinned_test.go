@@ -125,7 +125,7 @@ func TestYield(t *testing.T) {
 			r := only(t, s).reader.Load()
 			nc.Close()
 			eventually(t, s, func(st Stats) bool { return st.Connections == 0 })
-			if yielded := !r.yielded.IsZero(); yielded != tt.yields {
+			if yielded := r.yielded != 0; yielded != tt.yields {
 				t.Errorf("has yielded: %v, want %v", yielded, tt.yields)
 			}
 		})

@@ -13,7 +13,7 @@ import (
 )
 
 // uncontended is for tests that other programs' work must not change.
-func uncontended(time.Time) bool { return false }
+func uncontended(time.Duration) bool { return false }
 
 // While calls take long the runtime's monitor is kept awake, so that many block at a time on
 // few processors; after that it is not.

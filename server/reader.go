@@ -32,12 +32,12 @@ type reader struct {
 	moving sync.Mutex // held while the connection is moved from r to another reader
 
 	// The calls since the last sample of what one costs.
-	began time.Time
+	began time.Duration
 	calls int
 	bytes uint64
 
-	tempered time.Time // when in.receives was looked at
-	yielded  time.Time // when Go's scheduler ran last
+	tempered time.Duration // when in.receives was looked at
+	yielded  time.Duration // when Go's scheduler ran last
 }
 
 // yieldEvery is how often the reader of a hot socket lets Go's scheduler run. It blocks
@@ -45,6 +45,10 @@ type reader struct {
 // that the runtime's monitor takes such a goroutine for a problem: it interrupts it, takes
 // its processor away, and looks after all of them every 20 µs for a while, again and again.
 const yieldEvery = 2 * time.Millisecond
+
+// Where many sockets are hot their readers share the memory for more than ownReplies bytes of
+// replies: what was used last is still in the processor's cache. For less it is not worth it.
+const ownReplies = 16 << 10
 
 const (
 	quiet   = 0
@@ -84,7 +88,7 @@ func (c *conn) transmit(in *input) {
 	}
 	r := newReader(c, number)
 	r.in.buf, r.in.start, r.in.end = in.buf, in.start, in.end
-	r.arrived = time.Now()
+	r.arrived = now()
 	c.calling.Add(1)
 	c.start(r)
 }
@@ -167,8 +171,11 @@ func (r *reader) step() (gone bool, err error) {
 
 // wait sends what there is to send, then waits for n bytes in hand.
 func (r *reader) wait(n int) error {
-	r.sample()
-	r.send()
+	waiting := r.out.end - r.out.start
+	r.sendAt(r.sample())
+	if waiting > ownReplies && r.c.sock.hot() && r.c.s.hot.Load() > r.c.s.opts.maxHot {
+		r.out.release()
+	}
 	r.in.shrink(r.req.PayloadLength(r.c.negotiated.ExtendedHeaders))
 	r.temper()
 	for {
@@ -179,7 +186,7 @@ func (r *reader) wait(n int) error {
 			}
 			continue
 		}
-		r.arrived = time.Now()
+		r.arrived = now()
 		r.yield(r.arrived)
 		r.batches()
 		if err == nil || !errors.Is(err, os.ErrDeadlineExceeded) {
@@ -405,7 +412,7 @@ func (r *reader) inline(payload []byte) (gone bool, err error) {
 // enter begins calls on this goroutine, which the watcher may find to take long.
 func (r *reader) enter() (state uint64) {
 	if r.calls == 0 {
-		r.began = time.Now()
+		r.began = now()
 	}
 	state = r.state.Load() + next + busy
 	r.state.Store(state)
@@ -473,22 +480,22 @@ const (
 )
 
 // sample takes the time of the calls since the last sample, if there were any, and returns
-// what time it is then.
-func (r *reader) sample() (now time.Time) {
+// what time it is then; else 0.
+func (r *reader) sample() (at time.Duration) {
 	if r.calls > 0 {
-		now = time.Now()
-		r.c.pace.inline(now.Sub(r.began), r.calls, r.bytes)
+		at = now()
+		r.c.pace.inline(at-r.began, r.calls, r.bytes)
 		r.calls, r.bytes = 0, 0
 	}
-	return now
+	return at
 }
 
 // yield lets Go's scheduler run, unless it has not long ago. On a cold socket that changes
 // nothing, since it runs whenever the reader waits. One that is pinned to its thread could go on
 // only after another thread has run, which costs more than what the monitor does.
-func (r *reader) yield(now time.Time) {
-	if !r.c.s.pinned && now.Sub(r.yielded) > yieldEvery {
-		r.yielded = now
+func (r *reader) yield(at time.Duration) {
+	if !r.c.s.pinned && at-r.yielded > yieldEvery {
+		r.yielded = at
 		runtime.Gosched()
 	}
 }

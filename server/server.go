@@ -70,7 +70,7 @@ type Options struct {
 
 	parkAfter time.Duration // 0 stands for the constant
 
-	contended func(now time.Time) bool // nil stands for processContention
+	contended func(at time.Duration) bool // nil stands for processContention
 }
 
 // lastWords is how long an idle client has, after a shutdown, to send a command
@@ -137,7 +137,7 @@ func New(o Options) *Server {
 		o.parkAfter = parkAfter
 	}
 	if o.contended == nil {
-		o.contended = func(now time.Time) bool { return processContention().is(now) }
+		o.contended = func(at time.Duration) bool { return processContention().is(at) }
 	}
 	if o.maxHot == 0 {
 		o.maxHot, o.hotGap = maxHot(), quickGap

@@ -283,9 +283,9 @@ func (r *reader) temper() {
 		}
 		return
 	}
-	now := time.Now()
-	quick := now.Sub(r.tempered) < time.Duration(receives)*c.s.opts.hotGap
-	r.tempered = now
+	t := now()
+	quick := t-r.tempered < time.Duration(receives)*c.s.opts.hotGap
+	r.tempered = t
 	if !quick || crowded || len(c.slots) > 0 {
 		return
 	}

@@ -161,17 +161,23 @@ func (t *task) failure() error {
 }
 
 // account passes on what was counted. It comes right before the replies are sent,
-// which ends the latency of each.
-func (t *task) account() {
+// which ends the latency of each. at is what time it is, 0 where nobody has looked.
+func (t *task) account(at time.Duration) {
 	if t.tally.used == 0 {
 		return
 	}
-	t.c.counters.add(&t.tally, time.Since(t.arrived))
+	if at == 0 {
+		at = now()
+	}
+	t.c.counters.add(&t.tally, at-t.arrived)
 }
 
 // send sends the replies that wait.
-func (t *task) send() {
-	t.account()
+func (t *task) send() { t.sendAt(0) }
+
+// sendAt is send at a time that somebody has just looked at, or 0.
+func (t *task) sendAt(at time.Duration) {
+	t.account(at)
 	t.c.sender.send(&t.out)
 }
 

@@ -307,13 +307,13 @@ func TestStatsRace(t *testing.T) {
 // that it allocates nothing.
 func BenchmarkCount(b *testing.B) {
 	s := New(Options{Chain: backend.NewChain(backend.NewMem(1), nil, backend.Trace{})})
-	t := &task{c: &conn{s: s}, arrived: time.Now(), req: protocol.Request{Type: protocol.CmdRead, Length: 4096}}
+	t := &task{c: &conn{s: s}, arrived: now(), req: protocol.Request{Type: protocol.CmdRead, Length: 4096}}
 	b.ReportAllocs()
 	for i := 0; b.Loop(); i++ {
 		t.count()
 		if i%16 == 15 {
-			t.account()
-			t.arrived = time.Now()
+			t.account(0)
+			t.arrived = now()
 		}
 	}
 }

@@ -22,7 +22,7 @@ type task struct {
 
 	// arrived is when the request, and those before it in the batch, had been
 	// received.
-	arrived time.Time
+	arrived time.Duration
 	began   time.Time // of the call; zero where nobody wants to know
 	tally   tally
 

@@ -178,8 +178,8 @@ func (r *reader) lose(state uint64) bool {
 		return false
 	}
 	if state&mask == busy {
-		now := time.Now()
-		c.pace.lost(now, c.s.opts.contended(now), (state-r.got)/next)
+		at := now()
+		c.pace.lost(at, c.s.opts.contended(at), (state-r.got)/next)
 	}
 	if r.burst.n > 0 {
 		r.settle(r.burst.calls.Stop())
@@ -187,7 +187,7 @@ func (r *reader) lose(state uint64) bool {
 	if r.out.empty() {
 		return true
 	}
-	r.account()
+	r.account(0)
 	var out batch
 	if err := out.grow(c.replyHead(), r.out.end-r.out.start); err != nil {
 		c.log.Error("send replies: " + err.Error() + "; closing the connection")

@@ -10,7 +10,7 @@ import (
 // A job is a request for a worker.
 type job struct {
 	req     protocol.Request
-	arrived time.Time       // see task
+	arrived time.Duration   // see task
 	tail    error           // see task
 	working int64           // see task
 	held    held            // see task
@@ -197,14 +197,14 @@ func (t *task) long(payload []byte) {
 // nobody should wait for any longer than that.
 func (t *task) timed(payload []byte, calls int) {
 	c := t.c
-	began := time.Now()
+	began := now()
 	contended := c.s.opts.contended(began)
 	var waits int64
 	if contended {
 		waits = threadWaits()
 	}
 	t.run(payload)
-	d := time.Since(began)
+	d := now() - began
 	c.lane.Unlock()
 	starved := contended && d > longCall && threadWaits() == waits
 	c.pace.long(d, calls, t.req.Length, starved)
