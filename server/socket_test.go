@@ -172,6 +172,43 @@ func TestHotGivesWay(t *testing.T) {
 	}
 }
 
+// Where more sockets are hot than maxHot a reader gives the memory for replies back before it
+// receives, but not for a few bytes.
+func TestManyHot(t *testing.T) {
+	const before, inARow = 2, 20
+	await(t, "no buffer is in use", func() bool { return backend.BuffersInUse() == 0 })
+	t.Cleanup(func() { runtime.GOMAXPROCS(runtime.GOMAXPROCS(before)) })
+	runtime.GOMAXPROCS(before)
+	s, _, path := serve(t, newHooked(), Options{maxHot: 1, hotGap: time.Hour, MaxProcs: 60})
+	conns := []net.Conn{raw(t, path), raw(t, path)}
+	await(t, "both are hot", func() bool {
+		for _, nc := range conns {
+			ask(t, nc, 1)
+		}
+		return s.hot.Load() == 2
+	})
+	for _, tt := range []struct {
+		what    string
+		size    int
+		buffers int64 // in use, with those of the input
+	}{
+		{"long replies", ownReplies, 2},
+		{"short replies", ownReplies / 2, 4},
+		{"long replies again", ownReplies, 2},
+	} {
+		n := 0
+		await(t, tt.what, func() bool {
+			for _, nc := range conns {
+				askTogether(t, nc, 1, tt.size)
+			}
+			if n++; s.hot.Load() < 2 || backend.BuffersInUse() != tt.buffers {
+				n = 0
+			}
+			return n >= inARow
+		})
+	}
+}
+
 // ends are the ways in which a connection ends that is idle.
 var ends = []end{
 	{"shutdown", func(s *Server, _ net.Conn) { s.Shutdown() }},
