@@ -3,6 +3,7 @@ package backend
 import (
 	"math/bits"
 	"sync"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -11,9 +12,17 @@ import (
 // be given it without the checks that cgo makes on Go's pointers. It has one
 // owner at a time, who calls Release.
 type Buffer struct {
-	B     []byte // as long as its size class, at least what was asked for
-	class int
+	B       []byte // as long as its size class, at least what was asked for
+	class   int
+	owner   uint64 // who claimed it last; 0 where somebody has used it without
+	clean   int    // behind it lies what others have left
+	claimed bool   // since GetBuffer
 }
+
+var owners atomic.Uint64
+
+// NewOwner returns a number for [Buffer.Claim] that nobody has.
+func NewOwner() uint64 { return owners.Add(1) }
 
 const (
 	minBufferShift = 16 // 64 KiB
@@ -51,7 +60,7 @@ func classOf(n int) int {
 }
 
 // GetBuffer returns a buffer of at least n bytes; n is at most 128 MiB. Its
-// content is whatever the last owner left there. An error means that the system
+// content is whatever the last owner left there: see Claim. An error means that the system
 // has no memory left.
 func GetBuffer(n int) (*Buffer, error) {
 	class := classOf(n)
@@ -75,7 +84,22 @@ func GetBuffer(n int) (*Buffer, error) {
 		c.mu.Unlock()
 		return nil, err
 	}
-	return &Buffer{B: m, class: class}, nil
+	return &Buffer{B: m, class: class, clean: len(m)}, nil
+}
+
+// Claim makes the first n bytes free of what others than owner have left there. It comes before they
+// are used, and owner is the same until Release.
+func (b *Buffer) Claim(owner uint64, n int) {
+	if b.claimed = true; b.owner != owner {
+		if b.owner != 0 {
+			b.clean = 0
+		}
+		b.owner = owner
+	}
+	if n > b.clean {
+		clear(b.B[b.clean:n])
+		b.clean = n
+	}
 }
 
 // Release gives the buffer back. A nil buffer is allowed.
@@ -83,6 +107,10 @@ func (b *Buffer) Release() {
 	if b == nil {
 		return
 	}
+	if !b.claimed {
+		b.owner, b.clean = 0, 0
+	}
+	b.claimed = false
 	c := &bufferClasses[b.class]
 	c.mu.Lock()
 	c.inUse--

@@ -34,14 +34,6 @@ func Open(path string) (*Plugin, error) {
 	return p, nil
 }
 
-// FaultyExtents tells whether .extents of the plugin is known to crash on ranges that
-// only reads have. That is nbdkit's split: seen in releases 1.32 and 1.42, and mended in
-// 1.48.
-func (p *Plugin) FaultyExtents() bool {
-	release, err := abi.ParseRelease(p.version)
-	return p.name == "split" && err == nil && release < 48
-}
-
 func (p *Plugin) open() (err error) {
 	cshim.SaveSignals()
 	defer cshim.RestoreSignals()

@@ -24,6 +24,7 @@ const (
 type conn struct {
 	s      *Server
 	id     uint64
+	owner  uint64 // of memory for replies
 	sock   socket
 	log    *slog.Logger
 	peer   backend.Conn
@@ -36,7 +37,7 @@ type conn struct {
 	secure     TLSConn // over nc; nil without TLS
 	session    *backend.Session
 	negotiated protocol.Negotiated
-	sparse     sparsePolicy
+	sparse     SparseReads
 	refusal    Reason // why the last option was refused, or ReasonClient
 	counted    bool   // among Server.admitted
 	denied     string // why there is no more than a handshake; "" where there is
@@ -67,7 +68,7 @@ type conn struct {
 }
 
 func newConn(s *Server, id uint64, nc net.Conn) *conn {
-	c := &conn{s: s, id: id, log: s.log.With("conn", id)}
+	c := &conn{s: s, id: id, owner: backend.NewOwner(), log: s.log.With("conn", id)}
 	if peer := nc.RemoteAddr().String(); peer != "" && peer != "@" { // a Unix socket's has no name
 		c.log = c.log.With("peer", peer)
 	}

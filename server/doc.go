@@ -36,9 +36,9 @@
 // it, but the replies that wait for the call are sent.
 //
 // A request of more than 4 GiB, which only clients with extended headers can make,
-// becomes several calls, and others go between them (task.go). A long read may ask
-// for the extents first, and is answered with the holes in it where that has been
-// seen to pay (sparse.go).
+// becomes several calls, and others go between them (task.go). A long read that
+// brings zeroes only is answered with a hole (sparse.go). Replies are composed in memory
+// that has nothing of another client's in it (backend.Buffer.Claim).
 //
 // What one client can make the server hold is bounded, also where it never reads
 // its replies: Limits.BytesPerConnection for requests that run on workers, or are

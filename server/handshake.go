@@ -479,6 +479,6 @@ func (n *negotiation) settle(name string, caps backend.Caps) protocol.ExportFlag
 		Size: caps.Size, Flags: f, StructuredReplies: n.structured,
 		ExtendedHeaders: n.extended, MetaContexts: contexts,
 	}
-	n.c.sparse.init(n.c.s.opts.SparseReads, n.structured && caps.Extents)
+	n.c.sparse = n.c.s.opts.sparseMode(n.structured, caps.Extents)
 	return f
 }

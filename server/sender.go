@@ -34,15 +34,20 @@ func (b *batch) release() {
 	*b = batch{}
 }
 
-// fits tells whether n more bytes, which are a reply of head bytes and its
-// payload, can be added now.
-func (b *batch) fits(n int) bool {
-	return b.buf != nil && b.end+n <= len(b.buf.B)
+// claim tells whether n more bytes, which are a reply of head bytes and its
+// payload, can be added now. There is nothing of another client's
+// in them, for a module that leaves some of them as they are.
+func (b *batch) claim(owner uint64, n int) bool {
+	if b.buf == nil || b.end+n > len(b.buf.B) {
+		return false
+	}
+	b.buf.Claim(owner, b.end+n)
+	return true
 }
 
 // grow makes room for n bytes in an empty batch. The payload behind the first
 // head bytes will lie on a page, if the reply is large.
-func (b *batch) grow(head, n int) error {
+func (b *batch) grow(owner uint64, head, n int) error {
 	if b.buf == nil || pageSize+n > len(b.buf.B) {
 		b.buf.Release()
 		*b = batch{}
@@ -57,6 +62,7 @@ func (b *batch) grow(head, n int) error {
 		b.start = pageSize - head
 	}
 	b.end = b.start
+	b.claim(owner, n)
 	return nil
 }
 

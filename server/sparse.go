@@ -2,33 +2,30 @@ package server
 
 import (
 	"bytes"
-	"sync/atomic"
-	"time"
 
 	"nbdhost/backend"
 	"nbdhost/protocol"
 )
 
-// SparseReads says when a read is answered with NBD_REPLY_TYPE_OFFSET_HOLE for
-// the parts of it that the module's extents know to be zero, instead of reading
-// and sending zeroes. Only clients with structured replies can be told so.
+// SparseReads says when a read is answered with NBD_REPLY_TYPE_OFFSET_HOLE instead of
+// zeroes. Only clients with structured replies can be told so.
 type SparseReads int
 
 const (
-	// SparseAuto asks for the extents where that has paid: where long reads bring
-	// zeroes it measures now and then what the question costs and how much of what
-	// is read are holes.
+	// SparseAuto looks at what a long read has brought: where that is zeroes only, the
+	// reply says so instead of bringing them.
 	SparseAuto SparseReads = iota
-	// SparseNever sends data only, and so never makes a call for a read that
-	// nbdkit would not make: there are plugins whose .extents crashes on the
-	// ranges that reads have.
+	// SparseNever sends data only.
 	SparseNever
-	SparseAlways // ask before every read of at least sparseSize
+	// SparseAlways asks for the extents before every long read, and reads no part that is zero
+	// by them. They must be right: filters and plugins are known of which they are not, and
+	// some that crash when they are asked.
+	SparseAlways
 )
 
 const (
-	// sparseSize is the shortest read in bytes for which the extents are asked:
-	// for less the question costs more than the zeroes.
+	// sparseSize is the shortest read in bytes that may have holes: for less a question
+	// costs more than the zeroes.
 	sparseSize = 32 << 10
 	// holeSize is the shortest hole in bytes that gets a chunk of its own.
 	holeSize = 4 << 10
@@ -37,67 +34,22 @@ const (
 	holeAlign = 512
 	// maxPieces bounds the chunks of one reply. What is left goes into the last.
 	maxPieces = 16
-	// firstProbe is how many long reads pass before one is looked at, so that short
-	// sessions see no call that they would not see otherwise. Where it brought
-	// zeroes only it is a probe: the extents of the same range are asked for. Where a
-	// probe finds that asking does not pay, twice as many pass before the next look.
-	firstProbe = 32
-	// zeroesPerNanosecond is how many bytes of zeroes are read, sent and
-	// received in a nanosecond, without network. Measured with this client, one
-	// read of 1 MiB at a time: a hole takes 60 us instead of 310 with the plugin
-	// memory, and 80 instead of 760 with file; this is what the quicker of the
-	// two loses. Data costs the same with the question and without.
-	zeroesPerNanosecond = 4
 )
 
-// A sparsePolicy decides for one connection which reads ask for extents.
-type sparsePolicy struct {
-	mode     SparseReads
-	reads    atomic.Uint64 // long ones so far
-	look     atomic.Uint64 // the number of the first read that is to be looked at
-	interval atomic.Uint64 // between the last probe and that
-	cost     atomic.Int64  // ns that a question takes
-	zero     atomic.Int64  // parts of 2^20 of what was asked about that were zero
+// sparseMode is how the reads of a connection are answered.
+func (o *Options) sparseMode(structured, extents bool) SparseReads {
+	switch {
+	case !structured:
+		return SparseNever
+	case o.SparseReads == SparseAlways && !extents:
+		return SparseAuto
+	}
+	return o.SparseReads
 }
 
-func (p *sparsePolicy) init(mode SparseReads, possible bool) {
-	p.mode = mode
-	if !possible {
-		p.mode = SparseNever
-	}
-	p.interval.Store(firstProbe)
-	p.look.Store(firstProbe)
-}
-
-// concerns tells whether holes are anything to the request.
-func (p *sparsePolicy) concerns(r *protocol.Request) bool {
-	return p.mode != SparseNever && r.Type == protocol.CmdRead && r.Length >= sparseSize && r.Flags&protocol.CmdFlagDF == 0
-}
-
-// wants tells whether to ask for the extents before this request.
-func (p *sparsePolicy) wants(r *protocol.Request) bool {
-	if !p.concerns(r) {
-		return false
-	}
-	if p.mode == SparseAlways {
-		return true
-	}
-	p.reads.Add(1)
-	return p.pays(r.Length)
-}
-
-// probes tells whether to ask for the extents of a read for which wants said no, and
-// that brought data.
-func (p *sparsePolicy) probes(r *protocol.Request, data []byte) bool {
-	if !p.concerns(r) {
-		return false
-	}
-	n := p.reads.Load()
-	if n < p.look.Load() {
-		return false
-	}
-	p.look.Store(n + firstProbe)
-	return allZero(data)
+// mayHaveHoles tells whether holes are anything to the request.
+func (c *conn) mayHaveHoles(r *protocol.Request) bool {
+	return c.sparse != SparseNever && r.Type == protocol.CmdRead && r.Length >= sparseSize && r.Flags&protocol.CmdFlagDF == 0
 }
 
 var zeroPage [4096]byte
@@ -110,29 +62,6 @@ func allZero(p []byte) bool {
 		p = p[len(zeroPage):]
 	}
 	return bytes.Equal(p, zeroPage[:len(p)])
-}
-
-// pays tells whether asking about a read of this length has cost less than half of
-// what it would have saved.
-func (p *sparsePolicy) pays(length uint64) bool {
-	zeroes := float64(length) / (1 << 20) * float64(p.zero.Load())
-	return zeroes/zeroesPerNanosecond > 2*float64(p.cost.Load())
-}
-
-// learn takes in one answer. Two at the same time may lose one, which does no harm.
-func (p *sparsePolicy) learn(d time.Duration, zeroes, length uint64) {
-	average := func(v *atomic.Int64, sample int64) {
-		old := v.Load()
-		v.Store(old + (sample-old)/4)
-	}
-	average(&p.cost, int64(d))
-	average(&p.zero, int64(zeroes<<20/length))
-	if p.pays(length) {
-		p.interval.Store(firstProbe)
-	} else {
-		p.interval.Store(2 * p.interval.Load())
-	}
-	p.look.Store(p.reads.Load() + p.interval.Load())
 }
 
 // A piece is a part of a read: [start, end) of the request, a hole or data.
@@ -179,39 +108,42 @@ func (t *task) pieces(off, length uint64) (list []piece, zeroes uint64) {
 // sparseRoom is how much longer than data alone the reply of a sparse read may be.
 const sparseRoom = maxPieces * (protocol.ExtendedChunkHeaderSize + protocol.OffsetHoleSize)
 
-// holes asks for the extents of the read, and takes in what that cost. Where it fails
-// there are none: reading may work all the same.
-func (t *task) holes() (list []piece, zeroes uint64) {
-	began := time.Now()
-	err := t.c.session.Extents(&t.call, uint32(t.req.Length), t.req.Offset, 0, &t.extents)
-	cost := time.Since(began)
-	if err == nil {
-		list, zeroes = t.pieces(t.req.Offset, t.req.Length)
-	}
-	t.c.sparse.learn(cost, zeroes, t.req.Length)
-	return list, zeroes
+// hole composes the whole reply of a read that brought zeroes only.
+func (t *task) hole() {
+	t.filled = len(t.appendHole(t.out.buf.B[:t.at], piece{0, t.req.Length, true}, t.done()))
+}
+
+func (t *task) appendHole(b []byte, p piece, flags protocol.ReplyFlags) []byte {
+	h := protocol.ChunkHeader{Cookie: t.req.Cookie, Offset: t.req.Offset, Flags: flags,
+		Type: protocol.ReplyOffsetHole, Length: protocol.OffsetHoleSize}
+	hole := protocol.OffsetHole{Offset: t.req.Offset + p.start, Length: uint32(p.end - p.start)}
+	return hole.AppendTo(t.c.negotiated.AppendChunk(b, &h))
 }
 
 // readSparse composes the whole reply of a read with its holes. It returns false
-// where there is none: an ordinary read is due then.
+// where there is none: an ordinary read is due then. That the extents cannot be had is no
+// error: reading may work all the same.
 func (t *task) readSparse() bool {
 	s, req := t.c.session, &t.req
-	pieces, zeroes := t.holes()
+	if s.Extents(&t.call, uint32(req.Length), req.Offset, 0, &t.extents) != nil {
+		return false
+	}
+	pieces, zeroes := t.pieces(req.Offset, req.Length)
 	if zeroes == 0 {
 		return false
 	}
 	b := t.out.buf.B[:t.at]
 	for i, p := range pieces {
-		h := protocol.ChunkHeader{Cookie: req.Cookie, Offset: req.Offset, Type: protocol.ReplyOffsetHole, Length: protocol.OffsetHoleSize}
+		flags := protocol.ReplyFlags(0)
 		if i == len(pieces)-1 {
-			h.Flags = t.done()
+			flags = t.done()
 		}
 		if p.hole {
-			hole := protocol.OffsetHole{Offset: req.Offset + p.start, Length: uint32(p.end - p.start)}
-			b = hole.AppendTo(t.c.negotiated.AppendChunk(b, &h))
+			b = t.appendHole(b, p, flags)
 			continue
 		}
-		h.Type, h.Length = protocol.ReplyOffsetData, protocol.OffsetDataSize+p.end-p.start
+		h := protocol.ChunkHeader{Cookie: req.Cookie, Offset: req.Offset, Flags: flags,
+			Type: protocol.ReplyOffsetData, Length: protocol.OffsetDataSize + p.end - p.start}
 		data := protocol.OffsetData{Offset: req.Offset + p.start}
 		b = data.AppendTo(t.c.negotiated.AppendChunk(b, &h))
 		n := len(b)

@@ -6,9 +6,9 @@ import (
 	"slices"
 	"syscall"
 	"testing"
-	"time"
 
 	"nbdhost/backend"
+	"nbdhost/client"
 	"nbdhost/protocol"
 )
 
@@ -149,63 +149,61 @@ func TestSparseErrors(t *testing.T) {
 	}
 }
 
-// The policy by itself: it asks where reads bring zeroes, seldom until it has seen that
-// it pays, more and more seldom where it does not, and never without need.
-func TestSparsePolicy(t *testing.T) {
-	read := &protocol.Request{Type: protocol.CmdRead, Length: 1 << 20}
-	hole, data := make([]byte, read.Length), make([]byte, read.Length)
-	data[len(data)-1] = 1
-	asks := func(p *sparsePolicy, reads int, brings []byte, cost time.Duration, zeroes uint64) (at []int) {
-		for i := range reads {
-			if p.wants(read) || p.probes(read, brings) {
-				at = append(at, i+1)
-				p.learn(cost, zeroes, read.Length)
+// By default what was read is looked at, and nobody is asked for extents: a long read that
+// brought zeroes only is answered with a hole, any other with data.
+func TestSparseAuto(t *testing.T) {
+	const data = 1 << 20 // where a byte is not zero
+	h := newHooked()
+	h.before = func(_ *backend.Call, cb backend.Callback, _ uint64) error {
+		if cb == backend.GetExtents {
+			t.Error("the extents were asked for")
+		}
+		return nil
+	}
+	_, uri, _ := serve(t, h, Options{})
+	c := dial(t, uri, nil)
+	if err := c.Pwrite([]byte{1}, data, 0); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name   string
+		off, n uint64
+		flags  protocol.CommandFlags
+		want   protocol.ReplyType
+	}{
+		{"zeroes", 0, data, 0, protocol.ReplyOffsetHole},
+		{"zeroes, not in pages", 1, sparseSize + 1, 0, protocol.ReplyOffsetHole},
+		{"data at the end", 1, data, 0, protocol.ReplyOffsetData},
+		{"data at the beginning", data, sparseSize, 0, protocol.ReplyOffsetData},
+		{"short", 0, sparseSize - 1, 0, protocol.ReplyOffsetData},
+		{"not to be fragmented", 0, data, protocol.CmdFlagDF, protocol.ReplyOffsetData},
+	} {
+		for range 40 {
+			var got []protocol.ReplyType
+			p := bytes.Repeat([]byte{'x'}, int(tt.n))
+			if err := c.With(t.Context()).PreadStructured(p, tt.off, tt.flags, func(chunk client.Chunk) error {
+				got = append(got, chunk.Type)
+				return nil
+			}); err != nil {
+				t.Fatal(err)
+			}
+			want := make([]byte, tt.n)
+			if tt.off+tt.n > data {
+				want[data-tt.off] = 1
+			}
+			if !slices.Equal(got, []protocol.ReplyType{tt.want}) || !bytes.Equal(p, want) {
+				t.Fatalf("%s: got %v, need %v; or other bytes", tt.name, got, tt.want)
 			}
 		}
-		return at
 	}
-	var p sparsePolicy
-	p.init(SparseAuto, true)
-	if got := asks(&p, 1000, data, 0, 0); got != nil {
-		t.Errorf("data only: asked at %v", got)
-	}
-	if got := asks(&p, 65, hole, time.Microsecond, 1<<20); len(got) < 32 {
-		t.Errorf("zeroes after data: asked at %v", got)
-	}
-	p = sparsePolicy{}
-	p.init(SparseAuto, true)
-	if got := asks(&p, 1000, hole, time.Microsecond, 0); !slices.Equal(got, []int{32, 96, 224, 480, 992}) {
-		t.Errorf("zeroes that are no holes: asked at %v", got)
-	}
-	p = sparsePolicy{}
-	p.init(SparseAuto, true)
-	if got := asks(&p, 100, hole, time.Microsecond, 1<<20); len(got) != 69 || got[0] != 32 {
-		t.Errorf("holes only: asked at %v", got)
-	}
-	// It finds out that it does not pay any more.
-	if got := asks(&p, 1000, data, time.Microsecond, 0); len(got) > 60 {
-		t.Errorf("no holes any more: asked %d times", len(got))
-	}
-	p = sparsePolicy{}
-	p.init(SparseAuto, true)
-	if got := asks(&p, 1000, hole, 10*time.Millisecond, 1<<20); len(got) != 5 {
-		t.Errorf("dear extents: asked at %v", got)
-	}
-	p = sparsePolicy{}
-	p.init(SparseAuto, true)
-	read.Flags = protocol.CmdFlagDF
-	if got := asks(&p, 1000, hole, 0, 1<<20); got != nil {
-		t.Errorf("not to be fragmented: asked at %v", got)
-	}
-	read.Flags = 0
-	p = sparsePolicy{}
-	p.init(SparseNever, true)
-	if got := asks(&p, 1000, hole, 0, 1<<20); got != nil {
-		t.Errorf("never: asked at %v", got)
-	}
-	p.init(SparseAlways, false)
-	if got := asks(&p, 1000, hole, 0, 1<<20); got != nil {
-		t.Errorf("no extents: asked at %v", got)
+	for mode, want := range map[SparseReads]SparseReads{SparseAuto: SparseAuto, SparseAlways: SparseAuto, SparseNever: SparseNever} {
+		o := Options{SparseReads: mode}
+		if got := o.sparseMode(true, false); got != want {
+			t.Errorf("%d without extents: got %d, need %d", mode, got, want)
+		}
+		if got := o.sparseMode(false, true); got != SparseNever {
+			t.Errorf("%d without structured replies: got %d, need %d", mode, got, SparseNever)
+		}
 	}
 }
 

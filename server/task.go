@@ -63,7 +63,7 @@ func (t *task) init(c *conn, number int) {
 // place. It may send what waits.
 func (t *task) reserve() error {
 	n := protocol.ExtendedChunkHeaderSize
-	t.sparse = t.c.sparse.wants(&t.req)
+	t.sparse = t.c.sparse == SparseAlways && t.c.mayHaveHoles(&t.req)
 	if t.req.Type == protocol.CmdRead {
 		n = t.c.replyHead() + int(t.req.Length)
 		if t.sparse {
@@ -81,12 +81,12 @@ func (t *task) room(n int) error {
 		return nil
 	}
 	t.send()
-	return t.out.grow(t.c.replyHead(), n)
+	return t.out.grow(t.c.owner, t.c.replyHead(), n)
 }
 
-// fits tells whether there is room for n bytes behind the replies that wait.
+// fits tells whether there is room for n bytes behind the replies that wait, and claims it.
 func (t *task) fits(n int) bool {
-	return t.out.fits(n) && (t.out.empty() || t.out.end-t.out.start+n <= t.batch)
+	return (t.out.empty() || t.out.end-t.out.start+n <= t.batch) && t.out.claim(t.c.owner, n)
 }
 
 // replyHead is the size in bytes of what precedes the data in a read's reply.
@@ -113,8 +113,8 @@ func (t *task) run(payload []byte) {
 		if !t.sparse || !t.readSparse() {
 			from := t.at + t.c.replyHead()
 			data := t.out.buf.B[from : from+int(req.Length)]
-			if t.err = s.Pread(&t.call, data, req.Offset); t.err == nil && !t.sparse && t.c.sparse.probes(req, data) {
-				t.holes()
+			if t.err = s.Pread(&t.call, data, req.Offset); t.err == nil && t.c.mayHaveHoles(req) && allZero(data) {
+				t.hole()
 			}
 		}
 	case protocol.CmdWrite:

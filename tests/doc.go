@@ -16,7 +16,7 @@
 //	error_test.go       error numbers and texts
 //	raw_test.go         a client that sends any bytes, and reads what comes back
 //	wire_test.go        bad input from the network
-//	sparse_test.go      reads that are answered with holes, and a plugin that must not be asked
+//	sparse_test.go      reads that are answered with holes, and extents that are not right
 //	tls_test.go         TLS: real clients, bad files and bad clients, rotation; pki makes certificates
 //	arrows_test.go      which package may import which; every file is in this list
 //	race_on_test.go, race_off_test.go, asan_on_test.go, asan_off_test.go

@@ -143,7 +143,7 @@ var manualOptions = map[string]string{
 	"no-sr":                       "For tests of clients.",
 	"no-eh":                       "For tests of clients.",
 	"no-mc":                       "For tests of clients.",
-	"sparse-reads":                "Where the plugin knows by its extents that a part of a long read is zero, clients with structured replies are told so and nothing is read there. With auto the server looks at every 32nd such read, or more seldom; where one is all zero it asks for the extents too, and from what that costs and brings it knows whether to ask before others. Nbdkit never asks a plugin for its extents because of a read, and nbdkit's own split plugin crashes when it is asked, up to release 1.46: with auto it is left alone.",
+	"sparse-reads":                "Clients with structured replies are told where long reads are zero, instead of being sent zeroes. With auto that is where a read has brought zeroes only. With always the plugin is asked for its extents before each, and what is zero by them is not read: they must be right. Nbdkit never asks because of a read; the extents that its cache, ddrescue and error filters let through are not right, and its split plugin (up to release 1.46) and memory with allocator=zstd crash when they are asked.",
 	"strict-block-size":           "The specification lets a server refuse them. Nbdkit leaves it to the plugin, or to nbdkit-blocksize-policy-filter(1).",
 	"timeout":                     "A client that takes longer is disconnected.",
 	"drain-timeout":               "Clients whose requests take longer are disconnected. Idle clients do not hold up the end.",
@@ -197,7 +197,9 @@ substituted. Programs that the server runs do not see it.
 NBDHOST_PLUGIN_PATH and NBDHOST_FILTER_PATH are directories, with colons between them, where
 plugins and filters are looked for: after --plugin-path, and before the directories of the
 distribution. GOMAXPROCS bounds the processors that are used.`},
-	{"DIFFERENCES FROM NBDKIT", `The port of --port=0 is in the URI. --user without --group gives up the groups of the
+	{"DIFFERENCES FROM NBDKIT", `The port of --port=0 is in the URI. The command of --run gets the server's SIGTERM.
+With --log=stderr a server in the background keeps standard error. Flush, FUA, trim, zero and cache
+requests of an oldstyle client are carried out. --user without --group gives up the groups of the
 superuser. Mistakes in values are found before the plugin is loaded. Idle clients do not hold
 up the end, and --drain-timeout bounds it. Names and options that nearly fit are suggested.`},
 }

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -181,7 +182,7 @@ var optionTable = []option{
 	{groupListen, []string{"vsock"}, "", "", "listen for virtual machines (AF_VSOCK), on the port of -p", flag(func(o *options) *bool { return &o.vsock })},
 	{groupListen, []string{"single", "stdin"}, "s", "", "serve one client on standard input and output; implies -f",
 		func(o *options, _ string) error { o.stdio, o.foreground = true, true; return nil }},
-	{groupListen, []string{"selinux-label"}, "", "LABEL", "give sockets this SELinux label", text(func(o *options) *string { return &o.label })},
+	{groupListen, []string{"selinux-label"}, "", "LABEL", "give sockets this SELinux label", some(func(o *options) *string { return &o.label }, "a label")},
 
 	{groupServe, []string{"readonly", "read-only"}, "r", "", "refuse writes", flag(func(o *options) *bool { return &o.readonly })},
 	{groupServe, []string{"exportname", "export-name", "export"}, "e", "NAME", "the export that URIs name, for --run and --print-uri", text(func(o *options) *string { return &o.export })},
@@ -204,7 +205,7 @@ var optionTable = []option{
 	{groupServe, []string{"no-sr", "no-structured-replies"}, "", "", "do not offer structured replies", flag(func(o *options) *bool { return &o.noSR })},
 	{groupServe, []string{"no-eh", "no-extended-headers"}, "", "", "do not offer extended headers", flag(func(o *options) *bool { return &o.noEH })},
 	{groupServe, []string{"no-mc", "no-meta-contexts"}, "", "", "do not offer meta contexts (block status)", flag(func(o *options) *bool { return &o.noMC })},
-	{groupServe, []string{"sparse-reads"}, "", "WHEN", "answer reads with the holes in them: auto (default; where it\npays), always or never",
+	{groupServe, []string{"sparse-reads"}, "", "WHEN", "answer reads with holes: auto (default; where zeroes were\nread), always (by the extents) or never",
 		func(o *options, v string) error {
 			when, ok := map[string]server.SparseReads{"auto": server.SparseAuto, "always": server.SparseAlways, "never": server.SparseNever}[v]
 			if !ok {
@@ -264,8 +265,8 @@ var optionTable = []option{
 		func(o *options, _ string) error { o.exitWithParent, o.foreground = true, true; return nil }},
 	{groupProcess, []string{"run"}, "", "COMMAND", "serve while COMMAND runs in a shell, with $uri $unixsocket $port\n$exportname set; implies -f, and -U - unless -p or --vsock is given",
 		func(o *options, v string) error { o.captive, o.command, o.foreground = true, v, true; return nil }},
-	{groupProcess, []string{"user"}, "u", "USER", "go on as USER once the sockets are bound", text(func(o *options) *string { return &o.user })},
-	{groupProcess, []string{"group"}, "g", "GROUP", "go on in GROUP only once the sockets are bound", text(func(o *options) *string { return &o.group })},
+	{groupProcess, []string{"user"}, "u", "USER", "go on as USER once the sockets are bound", some(func(o *options) *string { return &o.user }, "the name or number of a user")},
+	{groupProcess, []string{"group"}, "g", "GROUP", "go on in GROUP only once the sockets are bound", some(func(o *options) *string { return &o.group }, "the name or number of a group")},
 	{groupProcess, []string{"swap"}, "", "", "lock all memory: the export is swap space of this machine", flag(func(o *options) *bool { return &o.swap })},
 
 	{groupProcess, []string{"supervise"}, "", "", "run the server as a child and start it again when a plugin\ncrashes; clients that connect meanwhile wait", flag(func(o *options) *bool { return &o.supervise })},
@@ -357,6 +358,17 @@ func text(field func(*options) *string) func(*options, string) error {
 	return func(o *options, v string) error { *field(o) = v; return nil }
 }
 
+// some is text that is not empty, as that of a variable that is not set: without this option the
+// server would have more rights than is meant.
+func some(field func(*options) *string, need string) func(*options, string) error {
+	return func(o *options, v string) error {
+		if *field(o) = v; v == "" {
+			return errors.New("got an empty text: need " + need)
+		}
+		return nil
+	}
+}
+
 func delay(field func(*options) *time.Duration) func(*options, string) error {
 	return func(o *options, v string) (err error) { *field(o), err = parseDelay(v); return err }
 }
@@ -393,7 +405,11 @@ func absolute(path string) (string, error) {
 	if path == "" {
 		return "", errors.New("got an empty text: need a path")
 	}
-	return filepath.Abs(path)
+	if filepath.IsAbs(path) {
+		return path, nil
+	}
+	dir, err := os.Getwd()
+	return dir + "/" + path, err // not cleaned: what .. leaves may be a symbolic link
 }
 
 // parse reads a command line as getopt_long does: options and other arguments
