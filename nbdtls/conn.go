@@ -1,10 +1,12 @@
 package nbdtls
 
 import (
-	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
+	"fmt"
+	"math/big"
 	"net"
+	"time"
 )
 
 // A Conn is a connection after a TLS handshake. Deadlines are those of the
@@ -37,8 +39,41 @@ type peer struct{ subject, issuer string }
 
 func (p peer) Peer() (subject, issuer string) { return p.subject, p.issuer }
 
-func peerOf(cert *x509.Certificate) peer {
-	return peer{distinguishedName(cert.RawSubject), distinguishedName(cert.RawIssuer)}
+func peerOf(der []byte) (peer, error) {
+	o, err := outlineOf(der)
+	if err != nil {
+		return peer{}, fmt.Errorf("read the peer's certificate: %w", err)
+	}
+	return peer{distinguishedName(o.Subject.FullBytes), distinguishedName(o.Issuer.FullBytes)}, nil
+}
+
+// An outline is what a certificate says of itself (RFC 5280, 4.1). crypto/x509 refuses
+// certificates with keys of some kinds that GnuTLS knows; this reads them as well.
+type outline struct {
+	Version      int `asn1:"optional,explicit,default:0,tag:0"`
+	SerialNumber *big.Int
+	Signature    asn1.RawValue
+	Issuer       asn1.RawValue
+	Validity     struct{ NotBefore, NotAfter time.Time }
+	Subject      asn1.RawValue
+	PublicKey    struct {
+		Algorithm pkix.AlgorithmIdentifier
+		Key       asn1.BitString
+	}
+	// Extensions are not looked at.
+}
+
+// outlineOf reads a certificate in DER. It verifies nothing.
+func outlineOf(der []byte) (*outline, error) {
+	var cert struct {
+		TBS       outline
+		Algorithm asn1.RawValue
+		Signature asn1.BitString
+	}
+	if _, err := asn1.Unmarshal(der, &cert); err != nil {
+		return nil, err
+	}
+	return &cert.TBS, nil
 }
 
 // distinguishedName writes a name as RFC 4514 does. It goes by the raw name,

@@ -1,12 +1,14 @@
 // Package nbdtls secures NBD connections with TLS: X.509 certificates by
-// crypto/tls, pre-shared keys and priority strings by the system's GnuTLS. There
-// is no cryptography in it.
+// crypto/tls, or by the system's GnuTLS, as pre-shared keys and priority strings are.
+// There is no cryptography in it.
 //
 // # Which library
 //
-// crypto/tls knows neither pre-shared keys nor GnuTLS's priority strings. Where
-// one of them is asked for, libgnutls.so.30 is loaded, then and not before; it
-// need not be there otherwise. Both give a [Conn].
+// crypto/tls knows neither pre-shared keys nor GnuTLS's priority strings, nor RSA-PSS
+// and Ed448 keys, and as a server that verifies clients it gets no certificate from
+// GnuTLS's clients with RSA keys by TLS 1.3. In these cases libgnutls.so.30 is loaded,
+// then and not before. It has to be there, except that clients are verified by
+// crypto/tls then, and a line in the log says who cannot connect. Both give a [Conn].
 //
 // # Life cycle
 //

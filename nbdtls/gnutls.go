@@ -28,13 +28,16 @@ const (
 	gnutlsMedium       = 35 // gnutls_sec_param_t
 	gnutlsKeyRaw       = 0  // gnutls_psk_key_flags
 	gnutlsX509         = 1  // gnutls_certificate_type_t
+	gnutlsPurpose      = 2  // gnutls_vdata_types_t
 	gnutlsWriting      = 1  // gnutls_record_get_direction
 	gnutlsWarningAlert = -16
 	gnutlsFatalAlert   = -12
 	gnutlsAgain        = -28
 	gnutlsRehandshake  = -37
+	gnutlsNoCert       = -49 // with TLS 1.2
 	gnutlsInterrupted  = -52
 	gnutlsPremature    = -110
+	gnutlsCertRequired = -112 // with TLS 1.3
 	gnutlsUnverified   = -348
 )
 
@@ -59,6 +62,12 @@ func pin(pinner *runtime.Pinner, b []byte) *datum {
 // bytes copies what a datum of GnuTLS's points to.
 func (d *datum) bytes() []byte {
 	return append([]byte(nil), unsafe.Slice((*byte)(d.data), d.size)...)
+}
+
+// A typedDatum is gnutls_typed_vdata_st.
+type typedDatum struct {
+	kind int32
+	datum
 }
 
 // A handle is a pointer to an object of GnuTLS's.
@@ -93,7 +102,7 @@ type gnutls struct {
 	certificate_server_set_request        func(s handle, request int32)
 	certificate_get_peers                 func(s handle, n *uint32) *datum
 	certificate_verification_status_print func(status uint32, kind int32, out *datum, flags uint32) int32
-	session_set_verify_cert               func(s handle, host unsafe.Pointer, flags uint32)
+	session_set_verify_cert2              func(s handle, data *typedDatum, n, flags uint32)
 	session_get_verify_cert_status        func(s handle) uint32
 	psk_allocate_server_credentials       func(c *handle) int32
 	psk_free_server_credentials           func(c handle)
@@ -106,6 +115,11 @@ type gnutls struct {
 	free                                  func(p unsafe.Pointer)
 
 	findKey uintptr // lookUp for C; made once, since callbacks are never freed
+
+	// forClients is the purpose that a client's certificate has to have, if it has
+	// any: another server of the same authority is no client. Sessions point to it.
+	forClients *typedDatum
+	pinner     runtime.Pinner // of forClients
 }
 
 // lib loads GnuTLS.
@@ -117,7 +131,7 @@ func loadGnuTLS() (*gnutls, error) {
 	defer runtime.UnlockOSThread()
 	so, err := purego.Dlopen("libgnutls.so.30", purego.RTLD_NOW|purego.RTLD_LOCAL)
 	if err != nil {
-		return nil, fmt.Errorf("%w: pre-shared keys and priority strings need it: install the package that has libgnutls.so.30 (Debian: libgnutls30): %w", ErrGnuTLS, err)
+		return nil, fmt.Errorf("%w: pre-shared keys, priority strings and some kinds of certificates need it: install the package that has libgnutls.so.30 (Debian: libgnutls30): %w", ErrGnuTLS, err)
 	}
 	g := &gnutls{}
 	for name, f := range map[string]any{
@@ -146,7 +160,7 @@ func loadGnuTLS() (*gnutls, error) {
 		"certificate_server_set_request":        &g.certificate_server_set_request,
 		"certificate_get_peers":                 &g.certificate_get_peers,
 		"certificate_verification_status_print": &g.certificate_verification_status_print,
-		"session_set_verify_cert":               &g.session_set_verify_cert,
+		"session_set_verify_cert2":              &g.session_set_verify_cert2,
 		"session_get_verify_cert_status":        &g.session_get_verify_cert_status,
 		"psk_allocate_server_credentials":       &g.psk_allocate_server_credentials,
 		"psk_free_server_credentials":           &g.psk_free_server_credentials,
@@ -179,6 +193,8 @@ func loadGnuTLS() (*gnutls, error) {
 		return nil, fmt.Errorf("%w: need release 3.6.3 or later", ErrGnuTLS)
 	}
 	g.findKey = purego.NewCallback(g.lookUp)
+	g.forClients = &typedDatum{gnutlsPurpose, *pin(&g.pinner, []byte("1.3.6.1.5.5.7.3.2\x00"))}
+	g.pinner.Pin(g.forClients)
 	return g, nil
 }
 
@@ -230,7 +246,11 @@ func newCertificateCredentials(id *identity, config Config) (shaker, error) {
 		return nil, err
 	}
 	c := &credentials{g: g, kind: gnutlsCertificate, verify: config.VerifyPeer}
-	if err := c.setPriority(config.Priority); err != nil {
+	priority := config.Priority
+	if priority == "" {
+		priority = defaultPriority()
+	}
+	if err := c.setPriority(priority); err != nil {
 		return nil, err
 	}
 	if err := g.errorOf(g.certificate_allocate_credentials(&c.handle)); err != nil {
@@ -303,15 +323,22 @@ func (s *pskSource) load() (shaker, error) {
 // choose one that a client prefers, and then find that it has none.
 func pskPriority(text string) string {
 	if text == "" {
-		text = "NORMAL"
-		if cpu.X86.HasAES && cpu.X86.HasPCLMULQDQ || cpu.ARM64.HasAES && cpu.ARM64.HasPMULL {
-			// NORMAL has ChaCha20 before AES-128-GCM, and AES-256-GCM, which is
-			// before both, needs another hash than the keys have. Where the
-			// processor has AES that takes a tenth of the time.
-			text += ":-CHACHA20-POLY1305:+CHACHA20-POLY1305:%SERVER_PRECEDENCE"
-		}
+		text = defaultPriority()
 	}
 	return text + ":-KX-ALL:+ECDHE-PSK:+DHE-PSK:+PSK"
+}
+
+// defaultPriority is what crypto/tls does, too: no protocol before TLS 1.2, and no key
+// exchange that gives old sessions away with the key.
+func defaultPriority() string {
+	text := "NORMAL:-VERS-ALL:+VERS-TLS1.3:+VERS-TLS1.2:-RSA"
+	if cpu.X86.HasAES && cpu.X86.HasPCLMULQDQ || cpu.ARM64.HasAES && cpu.ARM64.HasPMULL {
+		// NORMAL has ChaCha20 before AES-128-GCM, and AES-256-GCM, which is
+		// before both, needs another hash than pre-shared keys have. Where the
+		// processor has AES that takes a tenth of the time.
+		text += ":-CHACHA20-POLY1305:+CHACHA20-POLY1305:%SERVER_PRECEDENCE"
+	}
+	return text
 }
 
 // shaking has the keys for each session that is in a handshake.

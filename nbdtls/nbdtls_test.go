@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -148,6 +149,22 @@ func newServer(t *testing.T, c Config) *Server {
 	return s
 }
 
+// goOnly stands for a priority string where GnuTLS is not there.
+const goOnly = "without GnuTLS"
+
+// library returns the priority string for a configuration, and hides GnuTLS for
+// goOnly.
+func library(t *testing.T, priority string) string {
+	t.Helper()
+	if priority != goOnly {
+		return priority
+	}
+	old := lib
+	lib = func() (*gnutls, error) { return nil, ErrGnuTLS }
+	t.Cleanup(func() { lib = old })
+	return ""
+}
+
 // configs runs f with each library and kind of credentials.
 func (k *kit) configs(t *testing.T, f func(t *testing.T, c Config, u *protocol.URI)) {
 	for _, tt := range []struct {
@@ -157,6 +174,7 @@ func (k *kit) configs(t *testing.T, f func(t *testing.T, c Config, u *protocol.U
 	}{
 		{"crypto/tls", k.x509, k.clientX},
 		{"GnuTLS", k.gnutls, k.clientX},
+		{"verified", Config{Certificates: k.server, VerifyPeer: true}, k.clientX},
 		{"GnuTLS 1.2", Config{Certificates: k.server, Priority: "NORMAL:-VERS-ALL:+VERS-TLS1.2"}, k.clientX},
 		{"PSK", k.pskConfig, k.clientP},
 		{"PSK 1.2", Config{PSK: k.psk, Priority: "NORMAL:-VERS-ALL:+VERS-TLS1.2"}, k.clientP},
@@ -398,6 +416,9 @@ func TestPeers(t *testing.T) {
 		"other CA":   dir("other", k.ca, mixed),
 		"same name":  dir("same", k.ca, sameName.Client("alice")),
 		"revoked":    dir("revoked", k.ca, mallory),
+		"no purpose": dir("nopurpose", k.ca, k.ca.Client("alice", func(c *x509.Certificate) { c.ExtKeyUsage = nil })),
+		"server":     dir("aserver", k.ca, k.ca.Server()),
+		"RSA":        dir("rsa", k.ca, k.ca.Client("alice", pki.RSA)),
 		"no trust":   dir("notrust", other, k.alice),
 		"wrong host": uri("", "tls-certificates", k.client, "tls-hostname", "elsewhere.example"),
 		"credulous":  uri("", "tls-certificates", k.client, "tls-hostname", "elsewhere.example", "tls-verify-peer", "false"),
@@ -424,6 +445,9 @@ func TestPeers(t *testing.T) {
 		{"other CA", "good", true, "ertificate", "remote error: tls"},
 		{"same name", "good", true, "ertificate", "ertificate"},
 		{"revoked", "good", true, "revoked", "ertificate"},
+		{"no purpose", "good", true, "", ""},
+		{"server", "good", true, "ertificate", "ertificate"},
+		{"RSA", "good", true, "", ""},
 		{"no trust", "good", false, "ertificate", "unknown authority"},
 		{"wrong host", "good", false, "ertificate", "not elsewhere.example"},
 		{"credulous", "expired", false, "", ""},
@@ -432,8 +456,9 @@ func TestPeers(t *testing.T) {
 		{"alice", "elsewhere", false, "ertificate", "not localhost"},
 		{"alice", "other", false, "ertificate", "unknown authority"},
 	} {
-		for _, priority := range []string{"", "NORMAL", "NORMAL:-VERS-TLS1.3"} {
+		for _, priority := range []string{"", "NORMAL", "NORMAL:-VERS-TLS1.3", goOnly} {
 			t.Run(fmt.Sprintf("%s to %s/verify=%v/%s", tt.client, tt.server, tt.verify, priority), func(t *testing.T) {
+				priority := library(t, priority)
 				d := t.TempDir()
 				k.ca.WriteServer(d, certs[tt.server])
 				pki.Write(t, d, map[string][]byte{"ca-crl.pem": k.ca.Revoke(mallory)})
@@ -513,9 +538,9 @@ func TestOverdueList(t *testing.T) {
 	pki.Write(t, k.server, map[string][]byte{"ca-crl.pem": k.ca.RevokeOverdue(k.alice)})
 	bob := filepath.Join(k.dir, "bob")
 	k.ca.WriteClient(bob, k.ca.Client("bob"))
-	for _, priority := range []string{"", "NORMAL"} {
+	for _, priority := range []string{"", "NORMAL", goOnly} {
 		var log bytes.Buffer
-		s := newServer(t, Config{Certificates: k.server, Priority: priority, VerifyPeer: true, Log: slog.New(slog.NewTextHandler(&log, nil))})
+		s := newServer(t, Config{Certificates: k.server, Priority: library(t, priority), VerifyPeer: true, Log: slog.New(slog.NewTextHandler(&log, nil))})
 		if !strings.Contains(log.String(), "newer list") {
 			t.Errorf("priority %q: got log %q, want a warning", priority, log.String())
 		}
@@ -602,6 +627,7 @@ func TestRotation(t *testing.T) {
 	k := newKit(t)
 	var log bytes.Buffer
 	logger := slog.New(slog.NewTextHandler(&log, nil))
+	p192 := pki.Foreign(t, "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime192v1")
 	// serial is of the certificate that a client sees.
 	serial := func(t *testing.T, s *Server) string {
 		t.Helper()
@@ -610,8 +636,9 @@ func TestRotation(t *testing.T) {
 		defer client.Close()
 		return client.(*standardConn).ConnectionState().PeerCertificates[0].SerialNumber.String()
 	}
-	for _, priority := range []string{"", "NORMAL"} {
+	for _, priority := range []string{"", "NORMAL", goOnly} {
 		t.Run("X.509 "+priority, func(t *testing.T) {
+			priority := library(t, priority)
 			one, two := k.ca.Server(), k.ca.Server()
 			k.ca.WriteServer(k.server, one)
 			s := newServer(t, Config{Certificates: k.server, Priority: priority, Log: logger})
@@ -624,7 +651,11 @@ func TestRotation(t *testing.T) {
 				"wrong key": {"server-cert.pem": two.Cert, "server-key.pem": one.Key},
 				"half":      {"server-cert.pem": two.Cert[:100], "server-key.pem": two.Key},
 				"empty key": {"server-cert.pem": two.Cert, "server-key.pem": nil},
+				"curve":     {"server-cert.pem": p192.Cert, "server-key.pem": p192.Key},
 			} {
+				if what == "curve" && priority != "" {
+					continue // GnuTLS can use it
+				}
 				pki.Write(t, k.server, files)
 				for range 3 {
 					if got := serial(t, s); got != one.Serial.String() {
@@ -646,6 +677,7 @@ func TestRotation(t *testing.T) {
 			}
 		})
 		t.Run("CRL "+priority, func(t *testing.T) {
+			priority := library(t, priority)
 			s := newServer(t, Config{Certificates: k.server, Priority: priority, VerifyPeer: true, Log: logger})
 			running, client, e1, e2 := meet(t, s, k.clientX)
 			if e1 != nil || e2 != nil {
@@ -699,6 +731,7 @@ func TestRotation(t *testing.T) {
 func TestNewServer(t *testing.T) {
 	k := newKit(t)
 	one, two := k.ca.Server(), k.ca.Server()
+	other := pki.NewAuthority(t, "Other")
 	base := map[string][]byte{"ca-cert.pem": k.ca.PEM, "server-cert.pem": one.Cert, "server-key.pem": one.Key}
 	for _, tt := range []struct {
 		name   string
@@ -715,11 +748,13 @@ func TestNewServer(t *testing.T) {
 		{"no authority needed", map[string][]byte{"ca-cert.pem": nil}, false, ""},
 		{"garbage authority", map[string][]byte{"ca-cert.pem": []byte("garbage")}, true, "ca-cert.pem"},
 		{"garbage list", map[string][]byte{"ca-crl.pem": []byte("garbage")}, true, "ca-crl.pem"},
+		{"list of another authority", map[string][]byte{"ca-crl.pem": other.Revoke(one)}, true, "ca-crl.pem: got a list of CN=Other, whose signature is by no certificate in ca-cert.pem"},
 		{"additional", map[string][]byte{"server-cert-0.pem": two.Cert, "server-key-0.pem": two.Key}, false, ""},
 		{"additional without key", map[string][]byte{"server-cert-0.pem": two.Cert}, false, "server-key-0.pem"},
 	} {
-		for _, priority := range []string{"", "NORMAL"} {
+		for _, priority := range []string{"", "NORMAL", goOnly} {
 			t.Run(tt.name+" "+priority, func(t *testing.T) {
+				priority := library(t, priority)
 				dir := t.TempDir()
 				pki.Write(t, dir, base)
 				for name, text := range tt.change {
@@ -746,6 +781,104 @@ func TestNewServer(t *testing.T) {
 	} {
 		_, err := NewServer(tt.config)
 		match(t, "NewServer", err, tt.want)
+	}
+}
+
+// Which library serves with which files, and what is said where none can.
+func TestChoose(t *testing.T) {
+	k := newKit(t)
+	ecdsa := k.ca.Server()
+	pss := pki.Foreign(t, "-newkey", "rsa-pss", "-pkeyopt", "rsa_keygen_bits:2048")
+	ed448 := pki.Foreign(t, "-newkey", "ed448")
+	p192 := pki.Foreign(t, "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime192v1")
+	const goes, gnu = "*nbdtls.standard", "*nbdtls.credentials"
+	const curve = "server-cert.pem: got a certificate for a key on another elliptic curve"
+	for _, tt := range []struct {
+		name     string
+		cert     pki.Cert
+		verify   bool
+		priority string
+		want     string // a shaker's type, or part of an error
+		log      string
+	}{
+		{"ECDSA", ecdsa, false, "", goes, ""},
+		{"ECDSA", ecdsa, false, goOnly, goes, ""},
+		{"ECDSA", ecdsa, false, "NORMAL", gnu, ""},
+		{"ECDSA", ecdsa, true, "", gnu, ""},
+		{"ECDSA", ecdsa, true, goOnly, goes, "verifying clients without GnuTLS"},
+		{"RSA-PSS", pss, false, "", gnu, "using GnuTLS"},
+		{"RSA-PSS", pss, true, "", gnu, ""},
+		{"RSA-PSS", pss, false, goOnly, "GnuTLS may be able to use them", ""},
+		{"RSA-PSS", pss, true, goOnly, "GnuTLS may be able to use them", ""},
+		{"Ed448", ed448, false, "", gnu, "using GnuTLS"},
+		{"Ed448", ed448, true, "", gnu, ""},
+		{"P-192", p192, false, "", curve, ""},
+		{"P-192", p192, true, "", curve, ""},
+		{"P-192", p192, false, goOnly, curve, ""},
+		{"P-192", p192, false, "NORMAL:+GROUP-SECP192R1", gnu, ""},
+	} {
+		t.Run(fmt.Sprintf("%s/verify=%v/%s", tt.name, tt.verify, tt.priority), func(t *testing.T) {
+			dir := t.TempDir()
+			k.ca.WriteServer(dir, tt.cert)
+			var log bytes.Buffer
+			s, err := NewServer(Config{Certificates: dir, VerifyPeer: tt.verify, Priority: library(t, tt.priority),
+				Log: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelDebug}))})
+			if err != nil {
+				match(t, "NewServer", err, tt.want)
+				return
+			}
+			for range 2 { // the second time as for the next connection
+				if got := fmt.Sprintf("%T", s.current()); got != tt.want {
+					t.Errorf("got a %s, want %q", got, tt.want)
+				}
+			}
+			if n := strings.Count(log.String(), "GnuTLS"); (n > 0) != (tt.log != "") || !strings.Contains(log.String(), tt.log) || strings.Count(log.String(), "set up TLS") > 1 {
+				t.Errorf("got log %q, want one line with %q", log.String(), tt.log)
+			}
+		})
+	}
+}
+
+// A certificate that has expired is told of, and the end of each is known, whatever its
+// key.
+func TestExpired(t *testing.T) {
+	k := newKit(t)
+	k.ca.WriteServer(k.server, k.ca.Server(pki.Expired))
+	for _, priority := range []string{"", "NORMAL"} {
+		var log bytes.Buffer
+		newServer(t, Config{Certificates: k.server, Priority: priority, Log: slog.New(slog.NewTextHandler(&log, nil))})
+		if !strings.Contains(log.String(), "the certificate expired") {
+			t.Errorf("priority %q: got log %q, want a warning", priority, log.String())
+		}
+	}
+	for _, key := range [][]string{{"ed448"}, {"ed25519"}, {"rsa:2048"}, {"ec", "-pkeyopt", "ec_paramgen_curve:prime192v1"}} {
+		o, err := pair{cert: pki.Foreign(t, append([]string{"-newkey"}, key...)...).Cert}.outline()
+		if err != nil {
+			t.Errorf("%q: %v", key, err)
+			continue
+		}
+		left := time.Until(o.Validity.NotAfter)
+		if name := distinguishedName(o.Subject.FullBytes); name != "CN=localhost" || left < 47*time.Hour || left > 48*time.Hour {
+			t.Errorf("%q: got %q, which ends in %v, want CN=localhost and two days", key, name, left)
+		}
+	}
+}
+
+// Neither library's default takes what is older than TLS 1.2.
+func TestOldProtocol(t *testing.T) {
+	k := newKit(t)
+	for _, verify := range []bool{false, true} {
+		s := newServer(t, Config{Certificates: k.server, VerifyPeer: verify})
+		a, b := sockets(t)
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			_, err := s.Handshake(a)
+			match(t, "server", err, "version")
+			a.Close()
+		})
+		err := tls.Client(b, &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS10, MaxVersion: tls.VersionTLS11}).Handshake()
+		match(t, "client", err, "version")
+		wg.Wait()
 	}
 }
 

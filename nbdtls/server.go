@@ -17,14 +17,16 @@ type Config struct {
 	// ca-cert.pem and ca-crl.pem (nbdkit-tls(1)).
 	Certificates string
 	// VerifyPeer demands of clients a certificate that the authority in
-	// ca-cert.pem issued and that ca-crl.pem, if there is one, does not revoke.
+	// ca-cert.pem issued, not for servers only, and that ca-crl.pem, if there is
+	// one, does not revoke.
 	VerifyPeer bool
 	// PSK is a file of pre-shared keys, as psktool(1) writes it; if it is not
 	// empty no certificates are used.
 	PSK string
 	// Priority is a priority string of GnuTLS's; empty for safe defaults.
 	Priority string
-	// Log receives what goes wrong with files that have changed; nil for nothing.
+	// Log receives what goes wrong with files that have changed, and what will
+	// disappoint about those in use; nil for nothing.
 	Log *slog.Logger
 }
 
@@ -94,7 +96,7 @@ func NewServer(c Config) (*Server, error) {
 	case c.Certificates == "":
 		return nil, errors.New("set up TLS: got neither certificates nor pre-shared keys: need one of them")
 	default:
-		s.source = &x509Source{c, s.log}
+		s.source = &x509Source{config: c, log: s.log}
 	}
 	s.seen = stampOf(s.source.files())
 	inUse, err := s.source.load()

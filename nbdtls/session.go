@@ -1,7 +1,6 @@
 package nbdtls
 
 import (
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -50,7 +49,7 @@ func (c *credentials) handshake(nc net.Conn) (Conn, error) {
 	}
 	if c.verify {
 		c.g.certificate_server_set_request(s.handle, gnutlsRequire)
-		c.g.session_set_verify_cert(s.handle, nil, 0)
+		c.g.session_set_verify_cert2(s.handle, c.g.forClients, 1, 0)
 	}
 	if c.keys != nil {
 		shaking.Store(s.handle, c.keys)
@@ -127,18 +126,21 @@ func (s *session) shake() (Conn, error) {
 	return s, nil
 }
 
-func (s *session) learnPeer() error {
+func (s *session) learnPeer() (err error) {
+	if der := s.peerCertificate(); der != nil {
+		s.peer, err = peerOf(der)
+	}
+	return err
+}
+
+// peerCertificate is the peer's in DER, nil if it showed none.
+func (s *session) peerCertificate() []byte {
 	var n uint32
 	certs := s.g.certificate_get_peers(s.handle, &n)
 	if certs == nil || n == 0 {
 		return nil
 	}
-	cert, err := x509.ParseCertificate(certs.bytes())
-	if err != nil {
-		return fmt.Errorf("read the peer's certificate: %w", err)
-	}
-	s.peer = peerOf(cert)
-	return nil
+	return certs.bytes()
 }
 
 // failure is the error of a code that ends the session.
@@ -149,12 +151,18 @@ func (s *session) failure(code int32) error {
 		text = "the peer sent an alert: " + s.g.alert_get_name(s.g.alert_get(s.handle))
 	case gnutlsRehandshake:
 		text = "the peer asks for a renegotiation: need a new connection instead"
+	case gnutlsNoCert, gnutlsCertRequired:
+		text += ": the client showed none: need one that an authority in " + caCert + " issued"
 	case gnutlsUnverified:
 		var out datum
 		status := s.g.session_get_verify_cert_status(s.handle)
 		if s.g.certificate_verification_status_print(status, gnutlsX509, &out, 0) == 0 {
 			text += ": " + strings.TrimSpace(string(out.bytes()))
 			s.g.free(out.data)
+		}
+		if o, err := outlineOf(s.peerCertificate()); err == nil {
+			// Nobody has signed this name, perhaps.
+			text = fmt.Sprintf("certificate of %q (serial %x): %s", distinguishedName(o.Subject.FullBytes), o.SerialNumber, text)
 		}
 	}
 	return errors.New(text)

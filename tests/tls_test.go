@@ -199,6 +199,14 @@ func TestTLSRefused(t *testing.T) {
 	x509URI := func(dir string) func(t *testing.T, s *server) error {
 		return info("nbds://127.0.0.1:PORT/?tls-certificates=DIR/" + dir)
 	}
+	qemu := func(version string) func(t *testing.T, s *server) error {
+		return func(t *testing.T, s *server) error {
+			_, err := try(t, "qemu-img", "info", "--object",
+				"tls-creds-x509,id=tls0,endpoint=client,dir="+s.dir+"/client,priority=NORMAL:-VERS-ALL:"+version,
+				"--image-opts", "driver=raw,file.driver=nbd,file.host=127.0.0.1,file.port="+s.port()+",file.tls-creds=tls0")
+			return err
+		}
+	}
 	psk := info("nbds://alice@127.0.0.1:PORT/?tls-psk-file=DIR/psk/keys.psk")
 	certs := []string{"--tls=require", "--tls-certificates=DIR/server"}
 	verify := append([]string{"--tls-verify-peer"}, certs...)
@@ -244,6 +252,23 @@ func TestTLSRefused(t *testing.T) {
 			ca.WriteClient(dir+"/client", mallory)
 			pki.Write(t, dir+"/server", map[string][]byte{"ca-crl.pem": ca.Revoke(mallory)})
 		}, x509URI("client"), false},
+		{"RSA", verify, func(t *testing.T, dir string, ca *pki.Authority) {
+			ca.WriteClient(dir+"/client", ca.Client("alice", pki.RSA))
+		}, x509URI("client"), true},
+		{"RSA, TLS 1.3", verify, func(t *testing.T, dir string, ca *pki.Authority) {
+			ca.WriteClient(dir+"/client", ca.Client("alice", pki.RSA))
+		}, qemu("+VERS-TLS1.3"), true},
+		{"RSA, TLS 1.2", verify, func(t *testing.T, dir string, ca *pki.Authority) {
+			ca.WriteClient(dir+"/client", ca.Client("alice", pki.RSA))
+		}, qemu("+VERS-TLS1.2"), true},
+		{"RSA of another CA", verify, func(t *testing.T, dir string, ca *pki.Authority) {
+			ca.WriteClient(dir+"/client", pki.NewAuthority(t, "Other").Client("alice", pki.RSA))
+		}, x509URI("client"), false},
+		{"RSA revoked", verify, func(t *testing.T, dir string, ca *pki.Authority) {
+			mallory := ca.Client("mallory", pki.RSA)
+			ca.WriteClient(dir+"/client", mallory)
+			pki.Write(t, dir+"/server", map[string][]byte{"ca-crl.pem": ca.Revoke(mallory)})
+		}, x509URI("client"), false},
 		{"another revoked", verify, func(t *testing.T, dir string, ca *pki.Authority) {
 			pki.Write(t, dir+"/server", map[string][]byte{"ca-crl.pem": ca.Revoke(ca.Client("mallory"))})
 		}, x509URI("client"), true},
@@ -278,6 +303,43 @@ func TestTLSRefused(t *testing.T) {
 	}
 }
 
+// The program under test serves with keys that Go does not know and GnuTLS does, as
+// nbdkit does.
+func TestTLSForeignKeys(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		key  []string
+	}{
+		{"RSA-PSS", []string{"-newkey", "rsa-pss", "-pkeyopt", "rsa_keygen_bits:2048"}},
+		{"Ed448", []string{"-newkey", "ed448"}},
+	} {
+		cert := pki.Foreign(t, tt.key...)
+		for _, args := range [][]string{nil, {"--tls-verify-peer"}, {"--tls-priority=NORMAL"}} {
+			t.Run(fmt.Sprint(tt.name, args), func(t *testing.T) {
+				t.Parallel()
+				sc := scenario{
+					tcp: true,
+					setup: func(t *testing.T, dir string) {
+						tlsFiles(t, dir)
+						pki.Write(t, dir+"/server", map[string][]byte{"server-cert.pem": cert.Cert, "server-key.pem": cert.Key})
+						pki.Write(t, dir+"/client", map[string][]byte{"ca-cert.pem": cert.Cert}) // which has signed itself
+					},
+					args: append([]string{"--tls=require", "--tls-certificates=DIR/server", "memory", "1M"}, args...),
+					client: func(t *testing.T, s *server) string {
+						return command(t, "nbdinfo", "--size", s.tlsURI(s.dir+"/client", ""))
+					},
+				}
+				if len(args) > 0 && strings.HasPrefix(args[0], "--tls-priority") {
+					onlyNbdhost(t) // nbdkit 1.32 has not got the option
+					sc.run(t, nbdhost)
+					return
+				}
+				compare(t, sc)
+			})
+		}
+	}
+}
+
 // What a server does not start with.
 func TestTLSBadFiles(t *testing.T) {
 	onlyNbdhost(t)
@@ -298,6 +360,10 @@ func TestTLSBadFiles(t *testing.T) {
 		{"other key", []string{"--tls-certificates=DIR/server"}, func(t *testing.T, dir string, ca *pki.Authority) {
 			pki.Write(t, dir+"/server", map[string][]byte{"server-key.pem": ca.Server().Key})
 		}, "need a certificate and the key it was made for"},
+		{"curve that nobody takes", []string{"--tls-certificates=DIR/server"}, func(t *testing.T, dir string, ca *pki.Authority) {
+			c := pki.Foreign(t, "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime192v1")
+			pki.Write(t, dir+"/server", map[string][]byte{"server-cert.pem": c.Cert, "server-key.pem": c.Key})
+		}, "server-cert.pem: got a certificate for a key on another elliptic curve"},
 		{"no authority", []string{"--tls-certificates=DIR/server", "--tls-verify-peer"}, func(t *testing.T, dir string, _ *pki.Authority) {
 			os.Remove(dir + "/server/ca-cert.pem")
 		}, "clients are to be verified"},
@@ -661,13 +727,22 @@ func TestTLSWithoutGnuTLS(t *testing.T) {
 			t.Errorf("%q: got %v, want an error with %q", args, err, want)
 		}
 	}
-	s := start(t, nbdhost, dir, false, "--tls=require", "--tls-certificates=DIR/server", "memory", "1M")
-	c, err := s.secure(t, filepath.Join(dir, "client"))
-	if err != nil {
-		t.Fatal(err)
+	for _, verify := range []string{"", "--tls-verify-peer"} {
+		args := []string{"--tls=require", "--tls-certificates=DIR/server", "memory", "1M"}
+		if verify != "" {
+			args = append([]string{verify}, args...)
+		}
+		s := start(t, nbdhost, dir, false, args...)
+		c, err := s.secure(t, filepath.Join(dir, "client"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Close()
+		if got := strings.Contains(s.stderr(), "verifying clients without GnuTLS"); got != (verify != "") {
+			t.Errorf("%q: got a warning %v:\n%s", args, got, s.stderr())
+		}
+		s.stop()
 	}
-	c.Close()
-	s.stop()
 }
 
 // URIs that are printed say what a client needs.

@@ -4,15 +4,18 @@
 package pki
 
 import (
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
 	"math/big"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"testing"
 	"time"
@@ -98,6 +101,30 @@ func Expired(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Minute) }
 // Elsewhere is a change that makes a certificate one of another host.
 func Elsewhere(c *x509.Certificate) { c.DNSNames, c.IPAddresses = []string{"elsewhere.example"}, nil }
 
+// RSA is a change that makes a certificate one for an RSA key.
+func RSA(c *x509.Certificate) { c.PublicKeyAlgorithm = x509.RSA }
+
+// Foreign makes a certificate for localhost that is signed with its own key, by the
+// arguments that openssl-req(1) is given: for kinds of keys that Go does not know.
+func Foreign(t testing.TB, key ...string) Cert {
+	t.Helper()
+	dir := t.TempDir()
+	cert, private := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	args := append([]string{"req", "-x509", "-nodes", "-subj", "/CN=localhost", "-days", "2",
+		"-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-out", cert, "-keyout", private}, key...)
+	if out, err := exec.Command("openssl", args...).CombinedOutput(); err != nil {
+		t.Fatalf("openssl %q: %v:\n%s", args, err, out)
+	}
+	var c Cert
+	for path, text := range map[string]*[]byte{cert: &c.Cert, private: &c.Key} {
+		var err error
+		if *text, err = os.ReadFile(path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return c
+}
+
 func (a *Authority) issue(template *x509.Certificate, change []func(*x509.Certificate)) Cert {
 	a.t.Helper()
 	a.serial++
@@ -107,7 +134,14 @@ func (a *Authority) issue(template *x509.Certificate, change []func(*x509.Certif
 	for _, f := range change {
 		f(template)
 	}
-	key := newKey(a.t)
+	var key crypto.Signer
+	if template.PublicKeyAlgorithm == x509.RSA {
+		made, err := rsa.GenerateKey(rand.Reader, 2048)
+		a.check(err)
+		key = made
+	} else {
+		key = newKey(a.t)
+	}
 	der, err := x509.CreateCertificate(rand.Reader, template, a.cert, key.Public(), a.key)
 	a.check(err)
 	private, err := x509.MarshalPKCS8PrivateKey(key)
