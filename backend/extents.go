@@ -58,7 +58,8 @@ func (x *Extents) Cut(end uint64) {
 }
 
 // Add appends an extent. It fails where the extent does not follow the one
-// before, or where the first one lies behind the start of the range.
+// before, or where the first one lies behind the start of the range. What clients
+// do not know is taken out of its type.
 func (x *Extents) Add(off, n uint64, typ uint32) error {
 	if n == 0 {
 		return nil
@@ -71,6 +72,7 @@ func (x *Extents) Add(off, n uint64, typ uint32) error {
 	}
 	x.added, x.next = true, off+n
 
+	typ &= ExtentHole | ExtentZero
 	end := off + n
 	if end < off || end > x.end {
 		end = x.end

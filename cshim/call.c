@@ -58,6 +58,19 @@ enter_data (struct nbdhost_frame *f, const struct nbdhost_data *d, bool range)
   f->offset = d->offset;
 }
 
+/* nbdkit takes a negative value for success unless it is -1, and a module that
+ * returns one need not have said anything.
+ */
+static void
+complain (const struct nbdhost_frame *f, int64_t ret)
+{
+  const struct nbdhost_callback *c = nbdhost_callback_at (f->fn);
+
+  nbdkit_error ("%s: %s returned %jd: need at least 0, or -1 for a failure",
+                c ? c->module : "module", c ? c->name : "callback",
+                (intmax_t) ret);
+}
+
 /* Pop the frame. On failure the error is that of nbdkit_set_error, else errno
  * where the module preserves it, else EIO (nbdkit-plugin(3), ERROR HANDLING).
  */
@@ -67,6 +80,8 @@ leave (struct nbdhost_frame *f, int64_t ret, void *ptr, bool failed)
   int saved = errno;
   struct nbdhost_result r = { .ret = ret, .ptr = ptr };
 
+  if (ret < -1)
+    complain (f, ret);
   nbdhost_frame = f->outer;
   if (!failed) {
     free (f->message);

@@ -140,10 +140,17 @@ func TestArguments(t *testing.T) {
 
 func TestErrors(t *testing.T) {
 	f := calls()
-	rec := record(t, "", false)
+	rec := record(t, "", true)
 	preserved := cshim.NewContext(nil, "", false, true)
 	defer preserved.Free()
-	const text = "second 2: No space left on device"
+	const (
+		text = "second 2: No space left on device"
+		// What is negative, but not -1, is explained.
+		unnamed  = "module: callback returned -5: need at least 0, or -1 for a failure"
+		named    = "odd: can_write returned -2147483648: need at least 0, or -1 for a failure"
+		noString = "intern string: no string given"
+	)
+	cshim.NameCallback(f("fail_oddly_named"), "plugin", "odd", "can_write")
 	for _, tt := range []struct {
 		fn  string
 		ctx *cshim.Context
@@ -159,6 +166,10 @@ func TestErrors(t *testing.T) {
 		{"fail_set", preserved, syscall.ESHUTDOWN, ""},
 		{"fail_text", nil, syscall.EIO, text},
 		{"fail_text", preserved, syscall.ENOSPC, text},
+		{"fail_oddly", nil, syscall.EIO, unnamed},
+		{"fail_oddly", preserved, syscall.ENOSPC, unnamed},
+		{"fail_oddly_named", nil, syscall.EIO, named},
+		{"fail_with_null", nil, syscall.EIO, noString},
 	} {
 		failed(t, cshim.CallHandleInt(tt.ctx, f(tt.fn), nil), tt.err, tt.msg)
 	}
@@ -167,6 +178,8 @@ func TestErrors(t *testing.T) {
 		t.Errorf("got %+v, need success", r)
 	}
 	rec.expect(t, "error[0].-1: first", "error[0].-1: "+text, "error[0].-1: first", "error[0].-1: "+text,
+		"error[0].-1: "+unnamed, "error[0].-1: "+unnamed, "error[0].-1: why", "error[0].-1: "+named,
+		"debug[0].-1: ", "error[0].-1: ", "error[0].-1: "+noString,
 		"error[0].-1: no", "error[0].-1: not so bad")
 }
 

@@ -252,8 +252,14 @@ nbdkit_peer_tls_issuer_dn (void)
 static const char *
 intern (const char *str, size_t n)
 {
-  const char *r = nbdhost_intern (nbdhost_current_conn (), str, n);
+  const char *r;
 
+  if (str == NULL) {
+    nbdkit_error ("intern string: no string given");
+    errno = EINVAL;
+    return NULL;
+  }
+  r = nbdhost_intern (nbdhost_current_conn (), str, n);
   if (r == NULL)
     nbdkit_error ("intern string: %m");
   return r;
@@ -262,13 +268,13 @@ intern (const char *str, size_t n)
 const char *
 nbdkit_strdup_intern (const char *str)
 {
-  return intern (str, strlen (str));
+  return intern (str, str ? strlen (str) : 0);
 }
 
 const char *
 nbdkit_strndup_intern (const char *str, size_t n)
 {
-  return intern (str, strnlen (str, n));
+  return intern (str, str ? strnlen (str, n) : 0);
 }
 
 const char *
@@ -276,8 +282,11 @@ nbdkit_vprintf_intern (const char *fmt, va_list args)
 {
   const char *r;
   char *str;
-  int n = vasprintf (&str, fmt, args);
+  int n;
 
+  if (fmt == NULL)
+    return intern (NULL, 0);
+  n = vasprintf (&str, fmt, args);
   if (n == -1) {
     nbdkit_error ("intern string: %m");
     return NULL;

@@ -54,14 +54,25 @@ emit (int level, char *text)
   free (line);
 }
 
+/* The text, or fmt where it cannot be filled in; nbdkit takes NULL for "". NULL:
+ * out of memory.
+ */
+static char *
+format (const char *fmt, va_list args)
+{
+  char *text;
+
+  if (fmt == NULL)
+    fmt = "";
+  return vasprintf (&text, fmt, args) == -1 ? strdup (fmt) : text;
+}
+
 void
 nbdkit_verror (const char *fmt, va_list args)
 {
   int saved = errno;
-  char *text;
+  char *text = format (fmt, args);
 
-  if (vasprintf (&text, fmt, args) == -1)
-    text = strdup (fmt);
   if (text != NULL) {
     emit (NBDHOST_LEVEL_ERROR, text);
     if (nbdhost_frame) {
@@ -121,7 +132,8 @@ nbdkit_vdebug (const char *fmt, va_list args)
 
   if (!nbdhost_verbose ())
     return;
-  if (vasprintf (&text, fmt, args) != -1) {
+  text = format (fmt, args);
+  if (text != NULL) {
     line = escape (text);
     if (line != NULL)
       emit (NBDHOST_LEVEL_DEBUG, line);

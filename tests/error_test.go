@@ -2,6 +2,8 @@ package tests
 
 import (
 	"fmt"
+	"math"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -105,4 +107,95 @@ func TestErrorText(t *testing.T) {
 	c.disc()
 	c.wantEOF()
 	s.stop()
+}
+
+// TestNegativeReturns: what is negative, but not -1, is no success, whatever nbdkit makes
+// of it, and somebody is told why. The plugin says nothing.
+func TestNegativeReturns(t *testing.T) {
+	t.Parallel()
+	onlyNbdhost(t)
+	said := func(t *testing.T, log, callback string, value int64) {
+		t.Helper()
+		line := fmt.Sprintf("error: trace: %s returned %d: need at least 0, or -1 for a failure\n", callback, value)
+		if !strings.Contains(log, line) {
+			t.Errorf("got\n%s\nwant %s", log, line)
+		}
+	}
+	for _, callback := range []string{"config_complete", "thread_model", "get_ready", "after_fork"} {
+		t.Run(callback, func(t *testing.T) {
+			t.Parallel()
+			_, err := tryStart(t, nbdhost, tempDir(t), false, fixture(t, "trace"), "fail="+callback, "returns=-5")
+			if err == nil {
+				t.Fatal("it serves")
+			}
+			said(t, err.Error(), callback, -5)
+		})
+	}
+	for _, callback := range failing {
+		if slices.Contains([]string{"open", "default_export", "export_description"}, callback) {
+			continue // they return pointers
+		}
+		for _, value := range []int64{-2, math.MinInt32} {
+			t.Run(fmt.Sprint(callback, value), func(t *testing.T) {
+				t.Parallel()
+				s := startHost(t, fixture(t, "trace"), "fail="+callback, fmt.Sprint("returns=", value))
+				nbdinfo, err := try(t, "nbdinfo", "--list", s.uri(""))
+				if callback == "list_exports" && err == nil {
+					t.Errorf("the list of exports: got %s", nbdinfo)
+				}
+				out, err := try(t, "/usr/bin/nbdsh", "-c", "h.add_meta_context('base:allocation')", "-u", s.uri(""), "-c", `
+for call in (lambda: h.pread(512, 0), lambda: h.pwrite(b'x' * 512, 0), lambda: h.flush(), lambda: h.trim(512, 0),
+             lambda: h.zero(512, 0), lambda: h.cache(512, 0), lambda: h.block_status(512, 0, lambda *args: 0)):
+    try:
+        call()
+    except nbd.Error as e:
+        print(e.errno)
+`)
+				switch callback {
+				case "pread", "pwrite", "flush", "trim", "zero", "cache", "extents":
+					if err != nil || out != "EIO\n" {
+						t.Errorf("got %q, %v, want one EIO", out, err)
+					}
+				case "list_exports":
+				default:
+					if err == nil {
+						t.Error("the client is served")
+					}
+				}
+				said(t, s.stderr(), callback, value)
+				s.stop()
+			})
+		}
+	}
+}
+
+// TestNegativeSize: no client is served a disk of negative size, and the log has it.
+func TestNegativeSize(t *testing.T) {
+	t.Parallel()
+	for _, value := range []int64{-5, math.MinInt64} {
+		t.Run(fmt.Sprint(value), func(t *testing.T) {
+			t.Parallel()
+			compare(t, scenario{
+				args: []string{fixture(t, "trace"), "fail=get_size", fmt.Sprint("returns=", value)},
+				client: func(t *testing.T, s *server) string {
+					out, err := try(t, "nbdinfo", "--size", s.uri(""))
+					return fmt.Sprint(out, err != nil, strings.Count(s.stderr(), fmt.Sprint(value)))
+				},
+			})
+		})
+	}
+}
+
+// TestExtentTypes: bits of an extent's type that clients do not know stay here.
+func TestExtentTypes(t *testing.T) {
+	t.Parallel()
+	for _, more := range []string{"4", "7", "0xfffffffc", "0xffffffff"} {
+		t.Run(more, func(t *testing.T) {
+			t.Parallel()
+			compare(t, scenario{
+				args:   []string{fixture(t, "trace"), "type=" + more},
+				client: func(t *testing.T, s *server) string { return command(t, "nbdinfo", "--map", s.uri("")) },
+			})
+		})
+	}
 }

@@ -202,6 +202,26 @@ h.shutdown()
 	}
 }
 
+// TestNullTexts lets a plugin pass NULL for a text. That of a message is then empty.
+func TestNullTexts(t *testing.T) {
+	t.Parallel()
+	compare(t, scenario{
+		args:   []string{"-v", fixture(t, "hazard"), "do=null"},
+		client: func(t *testing.T, s *server) string { return script(t, s, "", "print(h.pread(1, 0))\nh.shutdown()\n") },
+		after: func(t *testing.T, dir string) string {
+			log, err := os.ReadFile(dir + "/stderr")
+			if err != nil {
+				t.Fatal(err)
+			}
+			var b strings.Builder
+			for _, text := range []string{"error: \n", "debug: \n", "error: "} {
+				fmt.Fprintf(&b, "%q %d times\n", text, strings.Count(string(log), text))
+			}
+			return b.String()
+		},
+	})
+}
+
 // background runs a client, and closes the channel when it has ended.
 func background(t *testing.T, s *server, text string) <-chan struct{} {
 	t.Helper()

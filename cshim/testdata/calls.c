@@ -3,6 +3,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <limits.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdint.h>
@@ -171,6 +172,17 @@ int fail_text (void *h)
   errno = ENOSPC;
   nbdkit_error ("second %d: %m", 2);
   return -1;
+}
+int fail_oddly (void *h) { (void) h; errno = ENOSPC; return -5; }
+int fail_oddly_named (void *h) { (void) h; nbdkit_error ("why"); return INT_MIN; }
+int fail_with_null (void *h)
+{
+  const char *volatile null = NULL;
+
+  (void) h;
+  nbdkit_debug (null);
+  nbdkit_error (null);
+  return nbdkit_printf_intern (null) == NULL ? -1 : 0;
 }
 int succeed_after_error (void *h)
 {
