@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"syscall"
 
 	"nbdhost/monitor"
@@ -82,8 +83,12 @@ func (e *endpoint) remove() {
 func listenUnix(path, export string, log *slog.Logger) (_ *endpoint, err error) {
 	e := &endpoint{}
 	if path == "-" {
-		// Only the owner may enter the directory that MkdirTemp makes.
-		if e.private, err = os.MkdirTemp("", "nbdhost"); err != nil {
+		// Only the owner may enter the directory that MkdirTemp makes. $TMPDIR is often too long for a
+		// socket's address.
+		if e.private, err = os.MkdirTemp("/tmp", "nbdhost"); err != nil {
+			e.private, err = os.MkdirTemp("", "nbdhost")
+		}
+		if err != nil {
 			return nil, fmt.Errorf("make directory for the private socket: %w", err)
 		}
 		path = filepath.Join(e.private, "socket")
@@ -123,7 +128,7 @@ func listenTCP(o *options, log *slog.Logger) (*endpoint, error) {
 	}
 	e := &endpoint{}
 	for try := 0; ; try++ {
-		e.listeners, err = bindTCP(addrs, port, o.address == "" && o.family == "tcp", o.keepalive)
+		e.listeners, err = bindTCP(addrs, port, o.keepalive, log)
 		if port != 0 || try == freePortTries || !errors.Is(err, syscall.EADDRINUSE) {
 			break
 		}
@@ -141,7 +146,7 @@ func listenTCP(o *options, log *slog.Logger) (*endpoint, error) {
 		port = a.Port
 	}
 	e.uri = protocol.URI{Transport: protocol.TransportTCP, Host: o.address, Port: uint32(port), Export: o.export}
-	if a, err := netip.ParseAddr(o.address); o.address == "" || err == nil && a.IsUnspecified() {
+	if len(addrs) > 0 && addrs[0].IsUnspecified() {
 		e.uri.Host = "localhost"
 	}
 	return e, nil
@@ -156,9 +161,19 @@ func addresses(o *options) ([]netip.Addr, error) {
 			"tcp6": {netip.IPv6Unspecified()},
 		}[o.family], nil
 	}
+	if o.address == "*" {
+		return addresses(&options{family: o.family})
+	}
 	network := "ip" + o.family[len("tcp"):]
-	if a, err := netip.ParseAddr(o.address); err == nil {
-		return []netip.Addr{a}, nil // -4 and -6 are about names
+	a, err := netip.ParseAddr(o.address)
+	if err != nil {
+		a, err = parseShort(o.address)
+	}
+	if err == nil {
+		if o.family == "tcp4" && a.Is6() || o.family == "tcp6" && a.Is4() {
+			return nil, fmt.Errorf("option --ipaddr: got %s: need an address of the family of -4 or -6", o.address)
+		}
+		return []netip.Addr{a}, nil
 	}
 	addrs, err := net.DefaultResolver.LookupNetIP(context.Background(), network, o.address)
 	if err != nil {
@@ -175,9 +190,36 @@ func addresses(o *options) ([]netip.Addr, error) {
 	return list, nil
 }
 
-// bindTCP binds a socket to each address, all to one port. With any, a family
-// that this machine does not have is left out.
-func bindTCP(addrs []netip.Addr, port int, any, keepalive bool) (list []net.Listener, err error) {
+// parseShort reads an address of IPv4 as inet_aton(3) does: one to four numbers, decimal, octal or
+// hexadecimal, the last of which is all the bytes that are left.
+func parseShort(s string) (netip.Addr, error) {
+	numbers := strings.Split(s, ".")
+	var ip [4]byte
+	for i, number := range numbers {
+		bits := 8
+		if i == len(numbers)-1 {
+			bits = 8 * (4 - i)
+		}
+		n, err := strconv.ParseUint(number, 0, max(bits, 0))
+		if err != nil || bits <= 0 || strings.ContainsAny(number, "_oObB") {
+			return netip.Addr{}, fmt.Errorf("got %q: need an address of IPv4", s)
+		}
+		if i < len(numbers)-1 {
+			ip[i] = byte(n)
+			continue
+		}
+		for ; bits > 0; bits -= 8 {
+			ip[i+bits/8-1] = byte(n)
+			n >>= 8
+		}
+	}
+	return netip.AddrFrom4(ip), nil
+}
+
+// bindTCP binds a socket to each address, all to one port. Of several, those that this machine does not
+// have are left out, and, with a warning, those where somebody else has the port.
+func bindTCP(addrs []netip.Addr, port int, keepalive bool, log *slog.Logger) (list []net.Listener, err error) {
+	free := port == 0
 	// With the kernel's times, which the administrator may set.
 	config := net.ListenConfig{KeepAlive: -1, KeepAliveConfig: net.KeepAliveConfig{Enable: keepalive, Idle: -1, Interval: -1, Count: -1}}
 	for i, a := range addrs {
@@ -187,8 +229,13 @@ func bindTCP(addrs []netip.Addr, port int, any, keepalive bool) (list []net.List
 		}
 		l, err := config.Listen(context.Background(), network, net.JoinHostPort(a.String(), strconv.Itoa(port)))
 		if err != nil {
-			if any && (errors.Is(err, syscall.EAFNOSUPPORT) || errors.Is(err, syscall.EADDRNOTAVAIL)) &&
-				(len(list) > 0 || i < len(addrs)-1) {
+			absent := errors.Is(err, syscall.EAFNOSUPPORT) || errors.Is(err, syscall.EADDRNOTAVAIL)
+			inUse := errors.Is(err, syscall.EADDRINUSE) && !free
+			if (absent || inUse) && (len(list) > 0 || i < len(addrs)-1) {
+				if inUse {
+					log.Warn(fmt.Sprintf("bind to %s: %v: serving on the other addresses only",
+						net.JoinHostPort(a.String(), strconv.Itoa(port)), cause(err)))
+				}
 				continue
 			}
 			for _, l := range list {

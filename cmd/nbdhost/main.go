@@ -50,6 +50,7 @@ func dispatch(args []string, stdout, stderr io.Writer, known *secrets) (int, err
 	if err != nil {
 		return 1, err
 	}
+	nameProcess(args[0])
 	start, err := findStarter()
 	if err != nil {
 		return 1, err

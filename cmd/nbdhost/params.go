@@ -43,8 +43,12 @@ func expandParameters(args []string) ([]string, error) {
 	return expand(nil, args, "", 0)
 }
 
-// isFile tells whether an argument is an @FILE.
-func isFile(arg string) bool { return strings.HasPrefix(arg, "@") && strings.Contains(arg, "/") }
+// isFile tells whether an argument is an @FILE: there is a / in it, and no blank before that, as in
+// what the plugin data takes ("@0x10 </file").
+func isFile(arg string) bool {
+	dir, _, ok := strings.Cut(arg, "/")
+	return ok && strings.HasPrefix(arg, "@") && !strings.ContainsAny(dir, " \t\n")
+}
 
 func expand(list, args []string, dir string, depth int) ([]string, error) {
 	for _, arg := range args {

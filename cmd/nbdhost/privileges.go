@@ -30,7 +30,9 @@ func lookUpIdentity(userName, groupName string) (identity, error) {
 	if userName != "" {
 		u, err := user.Lookup(userName)
 		if err != nil {
-			u, err = user.LookupId(userName)
+			if _, err = parseID(userName); err == nil { // LookupId would take it modulo 2^32
+				u, err = user.LookupId(userName)
+			}
 		}
 		if err == nil {
 			id.uid, _ = strconv.Atoi(u.Uid) // numbers on Unix
@@ -68,6 +70,11 @@ func parseID(s string) (int, error) {
 	return int(n), err
 }
 
+// isOurs tells whether the process is that user already, with that group.
+func (id identity) isOurs() bool {
+	return (id.uid == keep || id.uid == os.Getuid()) && (id.gid == keep || id.gid == os.Getgid())
+}
+
 // assume makes every thread go on as id. The directory of a private socket goes
 // along, since it is to be removed at the end.
 func (id identity) assume(private string, log *slog.Logger) error {
@@ -78,7 +85,7 @@ func (id identity) assume(private string, log *slog.Logger) error {
 	}
 	const advice = "need to be started by the superuser"
 	if id.gid != keep {
-		if err := syscall.Setgroups(id.groups); err != nil {
+		if err := syscall.Setgroups(id.groups); err != nil && !(err == unix.EPERM && id.isOurs()) {
 			return fmt.Errorf("give up groups: %w: %s", err, advice)
 		}
 		if err := syscall.Setgid(id.gid); err != nil {

@@ -51,6 +51,11 @@ const argumentsVariable = "NBDHOST_ARGUMENTS_FD"
 // process may be started meanwhile.
 func startAgain(cmd *exec.Cmd, args []string, hide *secrets, fds ...int) error {
 	cmd.Path, cmd.Args = "/proc/self/exe", hide.redactAll(args)
+	if _, err := os.Stat(cmd.Path); err != nil { // no proc(5) here
+		if cmd.Path, err = exec.LookPath(args[0]); err != nil {
+			return fmt.Errorf("find this program: %w: need /proc, or to be started by a path", err)
+		}
+	}
 	if !slices.Equal(cmd.Args, args) {
 		fd, err := unix.MemfdCreate("arguments", unix.MFD_CLOEXEC)
 		if err != nil {
@@ -70,6 +75,13 @@ func startAgain(cmd *exec.Cmd, args []string, hide *secrets, fds ...int) error {
 		defer unix.CloseOnExec(fd)
 	}
 	return cmd.Start()
+}
+
+// nameProcess gives the process the name of the program as it was called, which it has unless
+// startAgain ran it: pgrep(1) and killall(1) go by it.
+func nameProcess(program string) {
+	// Without proc(5) it has the name.
+	_ = os.WriteFile("/proc/self/comm", []byte(filepath.Base(program)), 0)
 }
 
 // fullArguments returns the command line that startAgain was given, where args shows
@@ -179,23 +191,17 @@ func findStarter() (*starter, error) {
 	return &starter{os.NewFile(uintptr(fd), "ready")}, nil
 }
 
-// detach leaves the starter's session and directory.
+// detach leaves the starter's directory, but not its session and process group, as nbdkit: who
+// ends those means the server too.
 func (s *starter) detach() error {
-	if _, err := unix.Setsid(); err != nil && err != unix.EPERM { // EPERM: we lead one already
-		return fmt.Errorf("start session: %w", err)
-	}
 	if err := os.Chdir("/"); err != nil {
 		return fmt.Errorf("leave directory: %w", err)
 	}
 	return nil
 }
 
-// ready gives up the standard streams, but for standard error where debug messages
-// go to it, and lets the starter end.
-func (s *starter) ready(keepStderr bool) error {
-	if err := giveUpStreams(keepStderr); err != nil {
-		return err
-	}
+// ready lets the starter end.
+func (s *starter) ready() error {
 	defer s.pipe.Close()
 	if _, err := s.pipe.Write([]byte{'\n'}); err != nil {
 		return fmt.Errorf("tell the starting process: %w", cause(err))
@@ -203,13 +209,12 @@ func (s *starter) ready(keepStderr bool) error {
 	return nil
 }
 
-// giveUpStreams gives up standard input and output, and standard error unless it is
-// kept.
-func giveUpStreams(keepStderr bool) error {
-	if keepStderr {
-		return giveUp(0, 1)
+// giveUpStderr gives up standard error, unless the options send something to it.
+func giveUpStderr(o *options) error {
+	if o.verbose || o.log == logStderr {
+		return nil
 	}
-	return giveUp(0, 2)
+	return giveUp(2, 2)
 }
 
 // giveUp puts /dev/null in the place of the descriptors first to last.
@@ -235,24 +240,24 @@ const pidfileAdvice = "need a file or a directory that the server may write to, 
 // is something else than a file.
 func writePidfile(path string) error {
 	content := []byte(strconv.Itoa(os.Getpid()) + "\n")
-	st, err := os.Lstat(path)
-	if err == nil && !st.Mode().IsRegular() {
-		if err := os.WriteFile(path, content, 0o644); err != nil {
-			return fmt.Errorf("write pidfile: %w", err)
+	// One that exists keeps its owner, mode and inode: somebody may have made it for the user that
+	// we are by now, or have mounted it here.
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err == nil {
+		if _, err = f.Write(content); err == nil {
+			// Not before: who reads it meanwhile must find something. A pipe has no length.
+			_ = f.Truncate(int64(len(content)))
+		}
+		if e := f.Close(); err == nil {
+			err = e
+		}
+		if err != nil {
+			return fmt.Errorf("write pidfile %s: %w", path, cause(err))
 		}
 		return nil
-	} else if errors.Is(err, fs.ErrPermission) {
-		return fmt.Errorf("write pidfile %s: %w: %s", path, cause(err), pidfileAdvice)
-	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("write pidfile: %w", err)
 	}
-	f, err := os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
-	if errors.Is(err, fs.ErrPermission) && st != nil {
-		// Somebody made the file for the user that we are by now.
-		err = os.WriteFile(path, content, 0o644)
-		if err == nil {
-			return nil
-		}
+	if errors.Is(err, fs.ErrNotExist) {
+		f, err = os.CreateTemp(filepath.Dir(path), "."+filepath.Base(path)+".*")
 	}
 	if errors.Is(err, fs.ErrPermission) {
 		return fmt.Errorf("write pidfile %s: %w: %s", path, cause(err), pidfileAdvice)
@@ -280,7 +285,7 @@ func writePidfile(path string) error {
 // is (nbdkit-captive(1)). The variables are the shell's own, not exported.
 func runCommand(command string, uri protocol.URI, tls *tlsOptions) (*exec.Cmd, error) {
 	port := ""
-	if uri.Transport == protocol.TransportTCP {
+	if uri.Transport != protocol.TransportUnix {
 		port = strconv.Itoa(int(uri.Port))
 	}
 	var b strings.Builder

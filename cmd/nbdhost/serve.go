@@ -13,7 +13,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -105,9 +104,6 @@ func serve(o *options, start *starter, stdout io.Writer, out *logHandler) (int, 
 	}
 	log.Debug(fmt.Sprintf("registered plugin %s (name %s)", found.Path, plugin.Name()))
 	out.setModule(plugin.Name())
-	if o.sparseReads == server.SparseAuto && plugin.FaultyExtents() {
-		o.sparseReads = server.SparseNever
-	}
 	filters, err := openFilters(o, log)
 	if err != nil {
 		return 1, err
@@ -130,11 +126,12 @@ func serve(o *options, start *starter, stdout io.Writer, out *logHandler) (int, 
 	o.secrets.learn(args)
 	chain := newChain(o, plugin, filters, log)
 	chain.Load()
-	code, err := serveLoaded(o, start, stdout, out, plugin, filters, chain, args, who, &stop)
+	command := &captive{log: log}
+	code, err := serveLoaded(o, start, stdout, out, plugin, filters, chain, args, who, &stop, command)
 	if code != statusStuck {
 		chain.Unload()
 	}
-	return code, err
+	return command.finish(code), err
 }
 
 // openFilters opens the filters, the one next to the plugin first, and returns them
@@ -244,7 +241,8 @@ func setDebugFlags(flags []loader.DebugFlag, log *slog.Logger, modules ...debugg
 
 // serveLoaded goes on from .load to the end of .cleanup.
 func serveLoaded(o *options, start *starter, stdout io.Writer, out *logHandler,
-	plugin *loader.Plugin, filters []*loader.Filter, chain *backend.Chain, args []string, who identity, stop *stopper) (int, error) {
+	plugin *loader.Plugin, filters []*loader.Filter, chain *backend.Chain, args []string, who identity,
+	stop *stopper, command *captive) (int, error) {
 	for i, arg := range args {
 		key, value, err := parseParameter(arg, plugin.MagicConfigKey(), i == 0)
 		if err != nil {
@@ -327,7 +325,11 @@ func serveLoaded(o *options, start *starter, stdout io.Writer, out *logHandler,
 	}
 	// The command keeps the rights that the server gives up. It can connect: the
 	// sockets are bound.
-	command, err := startCaptive(o, e.uri, stop.stop)
+	err = command.start(o, e.uri, stop.stop)
+	if err == nil {
+		// They are the command's. What a module reads and prints must not come in between.
+		err = giveUp(0, 1)
+	}
 	if err == nil {
 		err = who.assume(e.private, log)
 	}
@@ -335,15 +337,15 @@ func serveLoaded(o *options, start *starter, stdout io.Writer, out *logHandler,
 		err = chain.AfterFork()
 	}
 	if err != nil {
-		command.terminate()
 		e.abandon()
 		chain.Cleanup()
 		return 1, err
 	}
 	var code int
 	loader.OnMain(func() {
-		code, err = serveClients(o, start, out, chain, e, command, stop)
+		code, err = serveClients(o, start, out, chain, e, stop)
 		if code == statusStuck {
+			command.finish(code)
 			os.Exit(1) // as main would, but it may be what is stuck
 		}
 	})
@@ -355,7 +357,7 @@ func serveLoaded(o *options, start *starter, stdout io.Writer, out *logHandler,
 
 // serveClients serves until somebody asks to stop and all clients are gone.
 func serveClients(o *options, start *starter, out *logHandler,
-	chain *backend.Chain, e *endpoint, command *captive, stop *stopper) (int, error) {
+	chain *backend.Chain, e *endpoint, stop *stopper) (int, error) {
 	log := slog.New(out)
 	srv := server.New(server.Options{
 		Chain: chain, ReadOnly: o.readonly, Threads: o.threads, MaxProcs: mostProcs(), Log: log,
@@ -398,12 +400,7 @@ func serveClients(o *options, start *starter, out *logHandler,
 	log.Debug("shutting down")
 	o.notify.stopping()
 	loader.Quit()
-	command.terminate()
 	clean := srv.Wait()
-	code, text := command.wait(o.drainTimeout)
-	if text != "" {
-		log.Error("external command " + text)
-	}
 	switch {
 	case !clean:
 		log.Error(fmt.Sprintf("shut down: plugin %s has not returned from a call within the drain timeout of %v: "+
@@ -416,7 +413,7 @@ func serveClients(o *options, start *starter, out *logHandler,
 	case lost.Load():
 		return 1, nil
 	}
-	return code, nil
+	return 0, nil
 }
 
 // announce tells everybody who waits for it that clients are served.
@@ -438,7 +435,10 @@ func announce(o *options, start *starter, out *logHandler) (err error) {
 				return err
 			}
 		}
-		if err := start.ready(o.verbose || o.log == logStderr); err != nil {
+		if err := giveUpStderr(o); err != nil {
+			return err
+		}
+		if err := start.ready(); err != nil {
 			return err
 		}
 	}
@@ -448,7 +448,7 @@ func announce(o *options, start *starter, out *logHandler) (err error) {
 				return err
 			}
 		}
-		if err := giveUpStreams(o.verbose || o.log == logStderr); err != nil {
+		if err := giveUpStderr(o); err != nil {
 			return err
 		}
 	}
@@ -520,65 +520,72 @@ func (s *stopper) attach(srv *server.Server) {
 	}
 }
 
-// A captive is the command of --run. The nil one is of a server without.
+// A captive is the command of --run, which may outlive the server: its status is that of the
+// process. Without --run there is nothing to start and nothing to wait for.
 type captive struct {
+	log *slog.Logger
 	*exec.Cmd
-	ended      chan struct{} // closed once ProcessState is known
-	terminated bool          // by us
-	denied     bool          // it runs as somebody else, since we gave up rights
+	ended      chan struct{} // closed once ProcessState is known; nil where nothing was started
+	terminated atomic.Bool   // by us
+	denied     chan struct{} // closed where we may not end it, since we gave up rights
 }
 
-// startCaptive starts the command of --run, if there is one. stop is called when
-// it ends.
-func startCaptive(o *options, uri protocol.URI, stop func()) (*captive, error) {
+// start starts the command, if there is one. stop is called when it ends. Whoever sends us
+// SIGTERM means the command too: it may be all that a container runs. What a terminal sends it gets
+// from there.
+func (c *captive) start(o *options, uri protocol.URI, stop func()) (err error) {
 	if !o.captive {
-		return nil, nil
+		return nil
 	}
-	cmd, err := runCommand(o.command, uri, &o.tls)
-	if err != nil {
-		return nil, err
+	terms := make(chan os.Signal, 1)
+	signal.Notify(terms, unix.SIGTERM) // before the command can send it
+	if c.Cmd, err = runCommand(o.command, uri, &o.tls); err != nil {
+		signal.Stop(terms)
+		return err
 	}
-	c := &captive{Cmd: cmd, ended: make(chan struct{})}
+	c.ended, c.denied = make(chan struct{}), make(chan struct{})
 	go func() {
-		cmd.Wait() // the error is in ProcessState, too
+		c.Wait() // the error is in ProcessState, too
 		close(c.ended)
 		stop()
 	}()
-	return c, nil
+	go func() {
+		defer signal.Stop(terms)
+		for {
+			select {
+			case <-c.ended:
+				return
+			case <-terms:
+			}
+			c.terminated.Store(true)
+			// Another error means that it has ended now.
+			if errors.Is(c.Process.Signal(unix.SIGTERM), unix.EPERM) {
+				close(c.denied)
+				return
+			}
+		}
+	}()
+	return nil
 }
 
-// terminate asks a command that is still running to end.
-func (c *captive) terminate() {
-	if c == nil {
-		return
+// finish waits until the command has ended, and returns what status to end with where that of
+// the server is code: the command's, unless only the server has failed.
+func (c *captive) finish(code int) int {
+	if c.ended == nil {
+		return code
 	}
 	select {
 	case <-c.ended:
-	default:
-		c.terminated = true
-		// Another error means that it has ended now.
-		c.denied = errors.Is(c.Process.Signal(unix.SIGTERM), unix.EPERM)
+	case <-c.denied:
+		c.log.Error("external command goes on: the user of --user may not end it")
+		return 1
 	}
-}
-
-// wait waits until the command has ended, which it has to within limit once
-// terminate was called, and returns what [exitStatus] does.
-func (c *captive) wait(limit time.Duration) (status int, text string) {
-	if c == nil {
-		return 0, ""
+	status, text := exitStatus(c.ProcessState)
+	if text != "" && !c.terminated.Load() {
+		c.log.Error("external command " + text)
 	}
-	if c.denied {
-		return 1, "goes on: the user of --user may not end it"
+	if status == 0 || code == statusStuck {
+		return code
 	}
-	select {
-	case <-c.ended:
-	case <-time.After(limit):
-		c.Process.Kill()
-		<-c.ended
-	}
-	status, text = exitStatus(c.ProcessState)
-	if c.terminated {
-		text = ""
-	}
-	return status, text
+	return status
 }

@@ -115,11 +115,10 @@ type supervisor struct {
 	// passwords are descriptors that parameters name, see keepPasswords.
 	passwords []int
 
-	command  *captive
-	ended    chan struct{} // closed when the command has ended; nil if there is none
-	served   bool          // a server has been ready
-	failure  error         // what ended the supervisor's own work
-	stopping bool          // there will be no other server
+	command  captive
+	served   bool  // a server has been ready
+	failure  error // what ended the supervisor's own work
+	stopping bool  // there will be no other server
 }
 
 // supervise runs the program again as a server, until that ends as it should.
@@ -131,7 +130,8 @@ func supervise(o *options, args []string, start *starter, stdout io.Writer, out 
 			return 1, err
 		}
 	}
-	s := &supervisor{o: o, args: args, start: start, log: log, out: out, stdout: stdout, notify: o.notify, signals: make(chan os.Signal, 8)}
+	s := &supervisor{o: o, args: args, start: start, log: log, out: out, stdout: stdout, notify: o.notify,
+		signals: make(chan os.Signal, 8), command: captive{log: log}}
 	signal.Notify(s.signals, stopSignals...)
 	if s.dir, err = os.Getwd(); err != nil {
 		return 1, fmt.Errorf("find working directory: %w", err)
@@ -151,15 +151,7 @@ func supervise(o *options, args []string, start *starter, stdout io.Writer, out 
 		s.e.abandon()
 	}
 	s.e.remove()
-	s.command.terminate()
-	status, text := s.command.wait(o.drainTimeout)
-	if text != "" {
-		log.Error("external command " + text)
-	}
-	if code == 0 {
-		code = status
-	}
-	return code, err
+	return s.command.finish(code), err
 }
 
 // keepPasswords puts files in memory in the place of the descriptors from which modules
@@ -281,7 +273,7 @@ func (s *supervisor) pause(d time.Duration) bool {
 		case <-s.signals:
 			s.stop()
 			return false
-		case <-s.ended:
+		case <-s.command.ended:
 			s.stop()
 			return false
 		}
@@ -395,7 +387,7 @@ func (s *supervisor) watch(c *serverProcess) {
 	defer c.control.Close()
 	alive := s.notify.ticks() // as long as the server is not ready to say so
 	defer alive.Stop()
-	commandEnded := s.ended
+	commandEnded := s.command.ended
 	for {
 		select {
 		case m, ok := <-c.messages:
@@ -408,7 +400,7 @@ func (s *supervisor) watch(c *serverProcess) {
 				alive.Stop()
 			}
 			if commandEnded == nil && !s.stopping {
-				commandEnded = s.ended
+				commandEnded = s.command.ended
 			}
 		case <-alive.C:
 			s.notify.tell("WATCHDOG=1")
@@ -433,7 +425,6 @@ func (s *supervisor) stop() {
 	for _, l := range s.e.listeners {
 		l.Close()
 	}
-	s.command.terminate()
 }
 
 // take deals with a message of the server's.
@@ -476,15 +467,14 @@ func (s *supervisor) announce(c *serverProcess) error {
 			return fmt.Errorf("print URI: %w", err)
 		}
 	}
-	var err error
-	if s.command, err = startCaptive(s.o, s.e.uri, func() {}); err != nil {
+	if err := s.command.start(s.o, s.e.uri, func() {}); err != nil {
 		return err
-	}
-	if s.command != nil {
-		s.ended = s.command.ended
 	}
 	if s.start != nil {
 		if err := s.start.detach(); err != nil {
+			return err
+		}
+		if err := giveUp(0, 1); err != nil {
 			return err
 		}
 	}
