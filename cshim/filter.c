@@ -699,8 +699,8 @@ nbdkit_extents_aligned (nbdhost_next next, uint64_t count, uint64_t offset,
   if (x == NULL)
     return -1;
 
-  /* Whole blocks are taken as they are. A block in which an extent ends is one
-   * extent, and ends the list where the answer does.
+  /* Whole blocks are taken as they are, also beyond what was asked for. A block in which
+   * an extent ends is one extent, within that.
    */
   for (size_t i = 0; i < x->len;) {
     uint64_t stop = x->list[i].offset + x->list[i].length;
@@ -708,6 +708,8 @@ nbdkit_extents_aligned (nbdhost_next next, uint64_t count, uint64_t offset,
     int64_t type = x->list[i].type;
 
     if (whole <= offset) {
+      if (offset >= end)
+        break;
       whole = (offset | mask) + 1;
       if (whole > (uint64_t) size)
         whole = size;
@@ -723,7 +725,7 @@ nbdkit_extents_aligned (nbdhost_next next, uint64_t count, uint64_t offset,
     offset = whole;
     while (i < x->len && x->list[i].offset + x->list[i].length <= offset)
       ++i;
-    if ((flags & REQ_ONE) || offset >= end)
+    if (flags & REQ_ONE)
       break;
   }
   nbdkit_extents_free (x);

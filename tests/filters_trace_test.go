@@ -339,3 +339,30 @@ func TestRefusedFilters(t *testing.T) {
 		}
 	}
 }
+
+// TestExtentsBeyond: a filter that asks for the extents of less than the client did, in blocks, lets
+// through what the plugin says beyond that, as nbdkit does: each that is left out is another call.
+func TestExtentsBeyond(t *testing.T) {
+	t.Parallel()
+	var results []string
+	for _, program := range []string{nbdkit, nbdhost} {
+		dir := tempDir(t)
+		calls := filepath.Join(dir, "calls")
+		s := start(t, program, dir, false, "--filter=blocksize", "eval", "minblock=4k", "maxlen=64k",
+			"get_size=echo 1M", "pread=exit 1", "extents=echo $3 $4 >>"+calls+
+				"; for i in 0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15; do echo $((i*65536)) 65536 $((i%2*3)); done")
+		out, err := try(t, "nbdinfo", "--map", s.uri(""))
+		if err != nil {
+			t.Fatal(out)
+		}
+		s.stop()
+		made, err := os.ReadFile(calls)
+		if err != nil {
+			t.Fatal(err)
+		}
+		results = append(results, out+string(made))
+	}
+	if results[0] != results[1] {
+		t.Errorf("%s is unlike nbdkit in this:\n%s", underTest(), difference(results[0], results[1]))
+	}
+}
