@@ -210,7 +210,9 @@ func (in *input) tryReceive(fd uintptr) bool {
 		case unix.EAGAIN:
 			if in.start == in.end {
 				in.release()
-				in.drained()
+				if in.idle != nil {
+					in.idle()
+				}
 				if in.boundary {
 					in.c.rest()
 				}
@@ -223,13 +225,6 @@ func (in *input) tryReceive(fd uintptr) bool {
 			in.err = os.NewSyscallError("receive", in.err)
 		}
 		return true
-	}
-}
-
-// drained tells the reader that nothing is in hand, and that it may have to wait.
-func (in *input) drained() {
-	if in.start == in.end && in.idle != nil {
-		in.idle()
 	}
 }
 

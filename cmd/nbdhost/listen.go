@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -154,15 +155,12 @@ func listenTCP(o *options, log *slog.Logger) (*endpoint, error) {
 
 // addresses returns the IP addresses to listen on.
 func addresses(o *options) ([]netip.Addr, error) {
-	if o.address == "" {
+	if o.address == "" || o.address == "*" {
 		return map[string][]netip.Addr{
 			"tcp":  {netip.IPv4Unspecified(), netip.IPv6Unspecified()},
 			"tcp4": {netip.IPv4Unspecified()},
 			"tcp6": {netip.IPv6Unspecified()},
 		}[o.family], nil
-	}
-	if o.address == "*" {
-		return addresses(&options{family: o.family})
 	}
 	network := "ip" + o.family[len("tcp"):]
 	a, err := netip.ParseAddr(o.address)
@@ -193,26 +191,24 @@ func addresses(o *options) ([]netip.Addr, error) {
 // parseShort reads an address of IPv4 as inet_aton(3) does: one to four numbers, decimal, octal or
 // hexadecimal, the last of which is all the bytes that are left.
 func parseShort(s string) (netip.Addr, error) {
-	numbers := strings.Split(s, ".")
 	var ip [4]byte
+	numbers := strings.Split(s, ".")
+	if len(numbers) > len(ip) {
+		return netip.Addr{}, fmt.Errorf("got %q: need an address of IPv4", s)
+	}
+	value := uint64(0)
 	for i, number := range numbers {
 		bits := 8
 		if i == len(numbers)-1 {
-			bits = 8 * (4 - i)
+			bits = 8 * (len(ip) - i)
 		}
-		n, err := strconv.ParseUint(number, 0, max(bits, 0))
-		if err != nil || bits <= 0 || strings.ContainsAny(number, "_oObB") {
+		n, err := strconv.ParseUint(number, 0, bits)
+		if err != nil || strings.ContainsAny(number, "_oObB") {
 			return netip.Addr{}, fmt.Errorf("got %q: need an address of IPv4", s)
 		}
-		if i < len(numbers)-1 {
-			ip[i] = byte(n)
-			continue
-		}
-		for ; bits > 0; bits -= 8 {
-			ip[i+bits/8-1] = byte(n)
-			n >>= 8
-		}
+		value = value<<bits | n
 	}
+	binary.BigEndian.PutUint32(ip[:], uint32(value))
 	return netip.AddrFrom4(ip), nil
 }
 

@@ -207,3 +207,17 @@ func TestListenErrors(t *testing.T) {
 		t.Errorf("root: got %+v, %v", id, err)
 	}
 }
+
+// Addresses of IPv4 as inet_aton(3) reads them.
+func TestParseShort(t *testing.T) {
+	for text, want := range map[string]string{
+		"0": "0.0.0.0", "127.1": "127.0.0.1", "2130706433": "127.0.0.1", "0x7f000001": "127.0.0.1",
+		"127.0.0.01": "127.0.0.1", "1.2.0x304": "1.2.3.4", "0377.1.2.3": "255.1.2.3",
+		"": "", "1.": "", "256.1": "", "4294967296": "", "1.2.3.4.5": "", "1_0": "", "0b1": "", "localhost": "", "-1": "",
+	} {
+		got, err := parseShort(text)
+		if (err != nil) != (want == "") || err == nil && got.String() != want {
+			t.Errorf("%q: got %v, %v, need %q", text, got, err, want)
+		}
+	}
+}

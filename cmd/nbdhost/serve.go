@@ -429,26 +429,18 @@ func announce(o *options, start *starter, out *logHandler) (err error) {
 		}()
 		slog.New(out).Debug("written pidfile " + o.pidfile)
 	}
-	if start != nil {
+	if start != nil || o.superior != nil && o.superior.Background {
 		if o.log == logDefault {
 			if err := out.logErrorsTo(logSyslog); err != nil {
 				return err
 			}
 		}
 		if err := giveUpStderr(o); err != nil {
-			return err
-		}
-		if err := start.ready(); err != nil {
 			return err
 		}
 	}
-	if o.superior != nil && o.superior.Background {
-		if o.log == logDefault {
-			if err := out.logErrorsTo(logSyslog); err != nil {
-				return err
-			}
-		}
-		if err := giveUpStderr(o); err != nil {
+	if start != nil {
+		if err := start.ready(); err != nil {
 			return err
 		}
 	}
