@@ -242,7 +242,11 @@ func writePidfile(path string) error {
 	content := []byte(strconv.Itoa(os.Getpid()) + "\n")
 	// One that exists keeps its owner, mode and inode: somebody may have made it for the user that
 	// we are by now, or have mounted it here.
-	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	mode := os.O_WRONLY
+	if st, err := os.Lstat(path); err == nil && st.Mode()&fs.ModeSymlink != 0 {
+		mode |= os.O_CREATE // what it points to
+	}
+	f, err := os.OpenFile(path, mode, 0o644)
 	if err == nil {
 		if _, err = f.Write(content); err == nil {
 			// Not before: who reads it meanwhile must find something. A pipe has no length.
