@@ -110,11 +110,11 @@ fuzz:
 	done
 
 # Has the same random conversations with nbdkit and with nbdhost for each of several
-# plugins, all of them at once for FUZZTIME.
+# plugins, and the same requests made of random chains of filters, all at once for FUZZTIME.
 fuzz-differential: FUZZTIME = 1h
 fuzz-differential:
 	$(call install,$(TEST_PACKAGES))
-	$(GO) test -run '^TestDifferential$$' -timeout 0 -parallel 5 -v ./tests -args -differential $(FUZZTIME) -differential-seed $$(date +%s)
+	$(GO) test -run '^Test(Differential|FilterChains)$$' -timeout 0 -parallel 8 -v ./tests -args -differential $(FUZZTIME) -differential-seed $$(date +%s)
 
 # Compares nbdhost with nbdkit, qemu-nbd and the floor, on an idle machine for about
 # 20 minutes. ROWS=REGEXP chooses rows, ROUNDS=N and SECONDS=S say how often and how

@@ -20,8 +20,8 @@ import (
 )
 
 var (
-	differentialTime = flag.Duration("differential", 0, "how long TestDifferential goes on; 0 for a fixed number of conversations")
-	differentialSeed = flag.Uint64("differential-seed", 1, "what TestDifferential's conversations begin with")
+	differentialTime = flag.Duration("differential", 0, "how long TestDifferential and TestFilterChains go on; 0 for a fixed number")
+	differentialSeed = flag.Uint64("differential-seed", 1, "what their random conversations and chains begin with")
 )
 
 // TestDifferential has the same random conversations, most of them valid and some
@@ -123,7 +123,7 @@ func newSpeaker(seed, size uint64) *speaker {
 }
 
 // pick chooses one.
-func pick[T any](r *speaker, of ...T) T { return of[r.IntN(len(of))] }
+func pick[T any](r interface{ IntN(int) int }, of ...T) T { return of[r.IntN(len(of))] }
 
 // said is a conversation, and what its listener must know.
 type said struct {
