@@ -3,9 +3,11 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <pthread.h>
 #include <signal.h>
 #include <string.h>
 #include <sys/eventfd.h>
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include "shim.h"
@@ -234,6 +236,28 @@ nbdhost_signals_restore (void)
       sigaction (sig, &now, NULL);
     }
   }
+}
+
+/* ---- open files ---- */
+
+/* Go takes the hard limit for itself. What a module forks has the one that the
+ * program was started with: programs close as many descriptors, or have a table
+ * for as many, as there may be.
+ */
+static struct rlimit open_files;
+
+static void
+limit_open_files (void)
+{
+  setrlimit (RLIMIT_NOFILE, &open_files);
+}
+
+/* Before the Go runtime starts. */
+__attribute__ ((constructor)) static void
+keep_open_files (void)
+{
+  if (getrlimit (RLIMIT_NOFILE, &open_files) == 0)
+    pthread_atfork (NULL, NULL, limit_open_files);
 }
 
 /* ---- the command line ---- */

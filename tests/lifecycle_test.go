@@ -2,6 +2,7 @@ package tests
 
 import (
 	"fmt"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -196,6 +197,23 @@ print(hashlib.sha256(h.pread(1048576, 0)).hexdigest())
 		},
 		after: func(t *testing.T, _ string) string { return "journal:\n" + strings.Join(j.all(), "\n") },
 	})
+}
+
+// TestOpenFiles: what a plugin forks may open as many files as it may under nbdkit.
+func TestOpenFiles(t *testing.T) {
+	t.Parallel()
+	for _, program := range []string{nbdkit, nbdhost} {
+		t.Run(filepath.Base(program), func(t *testing.T) {
+			t.Parallel()
+			dir := tempDir(t)
+			writeFile(t, filepath.Join(dir, "limited"), "#!/bin/sh\nulimit -Sn 300\nexec "+program+` "$@"`, 0o755)
+			s := start(t, filepath.Join(dir, "limited"), dir, false, "eval", "get_size=ulimit -Sn", "pread=exit 1")
+			if got := command(t, "nbdinfo", "--size", s.uri("")); got != "300\n" {
+				t.Errorf("got a limit of %q, need 300", got)
+			}
+			s.stop()
+		})
+	}
 }
 
 // TestThreadModels: calls of a plugin never overlap where its thread model says
