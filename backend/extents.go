@@ -17,9 +17,10 @@ type Extent struct {
 	Type           uint32
 }
 
-// MaxExtents is how many extents a list holds; what is added beyond is ignored,
-// as in nbdkit.
-const MaxExtents = 1 << 20
+// MaxExtents is how many extents a list holds; what is added beyond is ignored, and who wants
+// to know asks again from there. nbdkit's lists hold 2^20: each of the calls that a client may
+// have under way would cost 24 MiB several times over.
+const MaxExtents = 1 << 16
 
 // Extents collects extents over [start, end) in ascending order without gaps,
 // with the rules of nbdkit_add_extent: what lies before start or after end is

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"net"
@@ -138,6 +139,37 @@ func TestRequestLimit(t *testing.T) {
 	}
 }
 
+// A client that does not send what it has promised, or does not read what it has asked for,
+// keeps nobody from his turn.
+func TestStalledTurn(t *testing.T) {
+	for _, tt := range []struct {
+		name     string
+		requests int
+		request  protocol.Request
+	}{
+		{"payload", 1, protocol.Request{Type: protocol.CmdWrite, Length: 4096}},
+		{"long payload", 1, protocol.Request{Type: protocol.CmdWrite, Length: 8 << 20}},
+		{"replies", 100, protocol.Request{Type: protocol.CmdRead, Length: 64 << 10}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s, uri, path := serve(t, newHooked(), Options{Limits: Limits{Requests: 1}})
+			nc := raw(t, path)
+			nc.Write(bytes.Repeat(request(tt.request), tt.requests))
+			if tt.requests > 1 {
+				eventually(t, s, func(Stats) bool { // it is stuck in a write
+					var stuck bool
+					stuck = !only(t, s).sender.pause(func() {})
+					return stuck
+				})
+			}
+			if err := dial(t, uri, nil).Pread(make([]byte, 512), 0); err != nil {
+				t.Error(err)
+			}
+			nc.Close()
+		})
+	}
+}
+
 // A client that does not read its replies makes the server hold no more than its
 // budget, and one that does is served meanwhile.
 func TestBytesPerConnection(t *testing.T) {
@@ -268,7 +300,20 @@ func TestBandwidth(t *testing.T) {
 	}
 }
 
-// Who waits for a limit stops to when its client goes, or is told that the server stops.
+// Who waits for bandwidth holds up nobody else.
+func TestBandwidthHoldsNothing(t *testing.T) {
+	s, uri, path := serve(t, newHooked(), Options{Limits: Limits{Bytes: 1 << 20, Bandwidth: 8}})
+	nc := raw(t, path)
+	nc.Write(request(protocol.Request{Type: protocol.CmdRead, Length: 6 << 20}))
+	eventually(t, s, func(st Stats) bool { return st.Delays[LimitBandwidth].Requests == 1 })
+	c := dial(t, uri, nil)
+	if err := c.Cache(1<<20, 0, 0); err != nil { // counts as bytes, and needs no bandwidth
+		t.Error(err)
+	}
+	nc.Close()
+}
+
+// Who waits for bytes or bandwidth stops to when its client goes, or is told that the server stops.
 func TestDelayEnds(t *testing.T) {
 	const year = 1 // bit a second
 	for _, tt := range []struct {
@@ -278,7 +323,6 @@ func TestDelayEnds(t *testing.T) {
 	}{
 		{"bandwidth", Limits{Bandwidth: year}, protocol.CmdRead},
 		{"bandwidth of writes", Limits{Bandwidth: year}, protocol.CmdWrite},
-		{"requests", Limits{Requests: 1}, protocol.CmdRead},
 		{"bytes", Limits{Bytes: 1}, protocol.CmdRead},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -55,7 +55,7 @@ func (r *reader) gather() error {
 }
 
 // join makes r.req, whose header is not consumed, part of the burst, if it can be. From the
-// first one on the reader has the lane, until the burst has been run.
+// first one on the reader has its turn, until the burst has been run.
 func (r *reader) join() bool {
 	b, c, req := &r.burst, r.c, &r.req
 	head, room, payload := r.in.head, c.replyHead(), 0
@@ -96,7 +96,7 @@ func (r *reader) begins(room int) bool {
 	c := r.c
 	r.burst.cost = time.Duration(c.pace.cost.Load())
 	return r.burst.cost <= burstTime/2 && !c.pace.slow.Load() && len(c.slots) < cap(c.slots) && !c.refused() &&
-		r.room(room) == nil && c.lane.TryLock()
+		r.room(room) == nil && r.tryTurn()
 }
 
 // runBurst carries the burst out on this goroutine.
@@ -104,7 +104,7 @@ func (r *reader) runBurst() (gone bool, err error) {
 	b := &r.burst
 	state := r.enter()
 	done, failure := b.calls.Run(&r.call)
-	r.c.lane.Unlock()
+	r.endTurn()
 	last := &b.requests[done-1]
 	r.req, r.at, r.err, r.tail, r.filled, r.failedAt = last.req, last.at, failure, nil, 0, 0
 	if !r.state.CompareAndSwap(state, state&^mask+uint64(done-1)*next) {

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"log/slog"
 	"net"
 	"sync"
@@ -64,7 +65,7 @@ type conn struct {
 	// Of the limits.
 	address string // see there
 	bytes   budget
-	delayed uint // a bit for each Limit that was reached; the reader's
+	delays  atomic.Uint32 // a bit for each Limit that was reached
 }
 
 func newConn(s *Server, id uint64, nc net.Conn) *conn {
@@ -104,7 +105,11 @@ func (c *conn) greet(in *input) bool {
 		c.turnAway(in)
 		return false
 	}
-	if c.lane = c.s.gate.Connect(c.s.quit); c.lane == nil {
+	if c.lane = c.s.gate.TryConnect(); c.lane == nil {
+		c.attended(func(ctx context.Context) { c.lane = c.s.gate.Connect(ctx.Done()) })
+	}
+	if c.lane == nil {
+		c.call.Debugf("closing the connection, which waited for its turn")
 		return false
 	}
 	if err := c.preconnect(); err != nil {

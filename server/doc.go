@@ -44,14 +44,16 @@
 // its replies: Limits.BytesPerConnection for requests that run on workers, or are
 // large, until their replies are sent; a buffer of input, which is for the request under way or of
 // 3 MiB at most, at most Options.Threads small requests that were taken for short, or a burst of
-// them, and 1 MiB of small replies behind them. Then no more calls are made for it.
+// them, and 1 MiB of small replies behind them. Then no more calls are made for it. Block status
+// is bounded by the number of calls, and each by backend.MaxExtents.
 //
 // # Limits and figures
 //
 // A connection beyond the limits is admitted only to be told why not (limits.go). A
-// request that must wait for a limit does so on the reader, before it has a buffer, and
-// so holds up its own connection alone. What it takes from the budgets of bytes goes with
-// its reply, through the batch and the sender, until that is written.
+// request that must wait for bytes or bandwidth does so on the reader, before it has a buffer,
+// and so holds up its own connection alone. What it takes from the budgets of bytes goes with
+// its reply, through the batch and the sender, until that is written. Limits.Requests is taken
+// for calls only, with the turn that the thread model gives: no client can hold it.
 //
 // [Server.Stats] adds up what tasks have counted (stats.go). A task counts in memory of
 // its own and tells its connection before it sends; a request costs no atomic operation

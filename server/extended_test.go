@@ -241,6 +241,52 @@ func TestSplitYields(t *testing.T) {
 	}
 }
 
+// An answer about very many extents ends early, and the memory for many is not kept.
+func TestManyExtents(t *testing.T) {
+	v := newVast(math.MaxInt64)
+	v.extents = func(n uint32, off uint64, x *backend.Extents) error {
+		for i := range uint64(n) / 512 {
+			if err := x.Add(off+i*512, 512, uint32(i%2)*3); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	uri, _ := serveVast(t, v, Options{Threads: 1})
+	c := dial(t, uri, nil)
+	for _, asked := range []uint64{2 * backend.MaxExtents, 2 * keptExtents} { // the last is short enough for the reader to stay
+		runs, err := c.BlockStatus(512*asked, 0, 0)
+		if n, need := len(runs[protocol.ContextBaseAllocation]), int(min(asked, backend.MaxExtents)); err != nil || n != need {
+			t.Errorf("got %d runs, %v, need %d", n, err, need)
+		}
+	}
+	if err := c.Pread(make([]byte, 1), 0); err != nil { // the reply was sent before memory is given back
+		t.Fatal(err)
+	}
+	r := only(t, v.server).reader.Load()
+	if n := cap(r.status.Descriptors) + cap(r.extents.List()) + cap(r.aligned); n > 0 {
+		t.Errorf("%d extents are kept", n)
+	}
+}
+
+// A huge request ends when its client has gone.
+func TestHugeGone(t *testing.T) {
+	v := newVast(math.MaxInt64)
+	v.pause = make(chan struct{})
+	_, path := serveVast(t, v, Options{})
+	c := extendedConn(t, path)
+	c.send(protocol.Request{Type: protocol.CmdTrim, Length: math.MaxInt64})
+	v.pause <- struct{}{}
+	c.Close()
+	eventually(t, v.server, func(st Stats) bool {
+		select {
+		case v.pause <- struct{}{}:
+		default:
+		}
+		return st.Connections == 0
+	})
+}
+
 // Block status of more than 4 GiB: one descriptor of 64 bits, from several calls.
 func TestStatus64(t *testing.T) {
 	v := newVast(math.MaxInt64)

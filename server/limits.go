@@ -16,8 +16,8 @@ import (
 )
 
 // Limits bound what clients get. What goes beyond the number of connections is
-// refused; a request that goes beyond another limit waits, and holds up nobody but
-// its own connection. Zero is no limit, unless something else is said.
+// refused; a request that goes beyond another limit waits for its turn, and holds up its own
+// connection. Zero is no limit, unless something else is said.
 type Limits struct {
 	Connections int // open at a time; 0 stands for 1000 if each has a thread ([backend.Pinned])
 	// ConnectionsPerAddress is for each IP address, or machine on a vsock;
@@ -99,7 +99,7 @@ func (b budget) cost(n int64) int64 {
 }
 
 func (b budget) giveBack(n int64) {
-	if n > 0 {
+	if n > 0 && b.sem != nil {
 		b.sem.Release(n)
 	}
 }
@@ -159,36 +159,35 @@ var errGone = errors.New("the client went away while its request waited for a li
 // shortRequest is up to which size in bytes a request is small for limit.
 const shortRequest = 64 << 10
 
-// limit waits until the limits let r.req pass, which other goroutines will carry out
-// with delegated. What is taken is in r.held and r.working. Small requests that the
+// limit waits until the limits of bytes and bandwidth let r.req pass, which other goroutines
+// will carry out with delegated. What is taken is in r.held. Small requests that the
 // reader carries out itself, one after the other, do not count as the connection's own
 // bytes. An error ends the connection, unless it is in r.err: then the request is
 // to be refused.
 func (r *reader) limit(delegated bool) error {
 	c, s := r.c, r.c.s
 	n := size(&r.req)
-	own := int64(0)
 	if delegated || n > shortRequest {
-		own = c.bytes.cost(n)
+		if own := c.bytes.cost(n); own > 0 {
+			r.takeOwn(own)
+			r.held.own = own
+		}
 	}
-	if own == 0 && !s.limited {
+	if !s.limited {
 		return nil
 	}
-	err := r.take(LimitBytesPerConnection, c.bytes, own)
-	if err == nil {
-		r.held.own = own
-		all := s.bytes.cost(n)
-		if err = r.take(LimitBytes, s.bytes, all); err == nil {
+	// Who waits for bandwidth holds nothing that others want.
+	err := r.pass()
+	if all := s.bytes.cost(n); err == nil && all > 0 {
+		if !s.bytes.sem.TryAcquire(all) {
+			err = r.delay(LimitBytes, func(ctx context.Context) error { return s.bytes.sem.Acquire(ctx, all) })
+		}
+		if err == nil {
 			r.held.all = all
-			err = r.pass()
 		}
 	}
 	if err == nil {
-		one := s.requests.cost(1)
-		if err = r.take(LimitRequests, s.requests, one); err == nil {
-			r.working = one
-			return nil
-		}
+		return nil
 	}
 	c.giveBack(&r.held)
 	if s.quitting() {
@@ -198,12 +197,16 @@ func (r *reader) limit(delegated bool) error {
 	return err
 }
 
-// take takes n from a budget.
-func (r *reader) take(l Limit, b budget, n int64) error {
-	if n == 0 || b.sem.TryAcquire(n) {
-		return nil
+// takeOwn takes n of the connection's own bytes. They come back by themselves, when replies have
+// been sent or cannot be.
+func (r *reader) takeOwn(n int64) {
+	sem := r.c.bytes.sem
+	if sem.TryAcquire(n) {
+		return
 	}
-	return r.delay(l, func(ctx context.Context) error { return b.sem.Acquire(ctx, n) })
+	r.sample()
+	r.send() // what holds some of them
+	r.delayed(LimitBytesPerConnection, func() { _ = sem.Acquire(context.Background(), n) })
 }
 
 // pass waits for bandwidth.
@@ -223,19 +226,34 @@ func (r *reader) pass() error {
 }
 
 // delay runs wait, whose context ends when the client is gone or the server stops.
-func (r *reader) delay(l Limit, wait func(context.Context) error) error {
+func (r *reader) delay(l Limit, wait func(context.Context) error) (err error) {
 	// What is ready to be sent need not wait; and others may wait for what it holds.
 	r.sample()
 	r.send()
-	c := r.c
+	r.delayed(l, func() {
+		r.c.attended(func(ctx context.Context) { err = wait(ctx) })
+	})
+	if err != nil {
+		return errGone
+	}
+	return nil
+}
+
+// delayed runs wait, which is for l, and counts that.
+func (t *task) delayed(l Limit, wait func()) {
+	c := t.c
 	d := &c.s.delays[l]
 	d.requests.Add(1)
 	began := time.Now()
-	defer func() { d.nanoseconds.Add(uint64(time.Since(began))) }()
-	if c.delayed&(1<<l) == 0 {
-		c.delayed |= 1 << l
-		r.call.Debugf("%v waits: the limit of %v is reached (said once for a connection)", r.req.Type, l)
+	if c.delays.Or(1<<l)&(1<<l) == 0 {
+		t.call.Debugf("%v waits: the limit of %v is reached (said once for a connection)", t.req.Type, l)
 	}
+	wait()
+	d.nanoseconds.Add(uint64(time.Since(began)))
+}
+
+// attended runs wait, whose context ends when the client is gone or the server stops.
+func (c *conn) attended(wait func(context.Context)) {
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan struct{})
 	go func() {
@@ -243,13 +261,9 @@ func (r *reader) delay(l Limit, wait func(context.Context) error) error {
 		defer cancel()
 		c.await(ctx)
 	}()
-	err := wait(ctx)
+	wait(ctx)
 	cancel()
 	<-ended
-	if err != nil {
-		return errGone
-	}
-	return nil
 }
 
 // await returns when ctx has ended, the client is gone or the server stops.
@@ -282,22 +296,39 @@ func (c *conn) gone() bool {
 	return err == nil && n > 0
 }
 
-// worked ends the call for which limit let the request pass.
-func (t *task) worked() {
-	if t.working > 0 {
-		t.c.s.requests.giveBack(t.working)
-		t.working = 0
+// takeTurn waits until a call into the chain may be made: the thread model and Limits.Requests
+// allow it. Nobody has a turn but for calls, so that no client can keep others from theirs.
+func (t *task) takeTurn() {
+	s := t.c.s
+	t.c.lane.Lock()
+	if s.requests.sem != nil && !s.requests.sem.TryAcquire(1) {
+		t.delayed(LimitRequests, func() { _ = s.requests.sem.Acquire(context.Background(), 1) })
 	}
 }
 
-// drop gives back what a request has taken that will not be carried out.
-func (t *task) drop() {
-	t.worked()
-	t.c.giveBack(&t.held)
+// tryTurn is takeTurn where that need not wait, and returns false where it must.
+func (t *task) tryTurn() bool {
+	if !t.c.lane.TryLock() {
+		return false
+	}
+	if s := t.c.s; s.requests.sem != nil && !s.requests.sem.TryAcquire(1) {
+		t.c.lane.Unlock()
+		return false
+	}
+	return true
+}
+
+// endTurn lets others make theirs.
+func (t *task) endTurn() {
+	t.c.s.requests.giveBack(1)
+	t.c.lane.Unlock()
 }
 
 // address is what ConnectionsPerAddress goes by; "" for none.
 func address(nc net.Conn) string {
+	if _, ok := nc.RemoteAddr().(*net.UnixAddr); ok {
+		return "" // whatever the client has called its socket
+	}
 	host, _, err := net.SplitHostPort(nc.RemoteAddr().String())
 	if err != nil {
 		return ""

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -389,4 +390,35 @@ func TestManyConnections(t *testing.T) {
 			t.Fatalf("got %+v", m)
 		}
 	}
+}
+
+// A client on a Unix socket has no address, whatever it has called its own.
+func TestUnixPeerName(t *testing.T) {
+	s, _, path := serve(t, newHooked(), Options{Limits: Limits{ConnectionsPerAddress: 1}})
+	mine := filepath.Join(t.TempDir(), "a")
+	for _, name := range []string{mine + ":1", mine + ":2"} {
+		nc, err := net.DialUnix("unix", &net.UnixAddr{Name: name, Net: "unix"}, &net.UnixAddr{Name: path, Net: "unix"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer nc.Close()
+		if _, err := io.ReadFull(nc, make([]byte, protocol.GreetingSize)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if st := s.Stats(); st.Accepted != 2 {
+		t.Errorf("got %+v, need 2 connections accepted", st)
+	}
+}
+
+// A client that goes while it waits for its turn to be served does not stay.
+func TestTurnGone(t *testing.T) {
+	h := newHooked()
+	h.model = backend.SerializeConnections
+	s, uri, path := serve(t, h, Options{})
+	dial(t, uri, nil)
+	for range 10 {
+		connect(t, path).Close()
+	}
+	eventually(t, s, func(st Stats) bool { return st.Accepted == 11 && st.Connections == 1 })
 }

@@ -69,6 +69,7 @@ func newReader(c *conn, number int) *reader {
 			r.out.release()
 		}
 	}
+	r.newBurst()
 	return r
 }
 
@@ -97,7 +98,7 @@ func (c *conn) transmit(in *input) {
 // more. c.calling counts it already.
 func (c *conn) start(r *reader) {
 	defer c.done()
-	c.hand(r)
+	c.reader.Store(r)
 	r.send() // what another reader has put there
 	why := r.loop()
 	if why == over {
@@ -110,14 +111,6 @@ func (c *conn) start(r *reader) {
 	if why == lost {
 		c.spares.put(r)
 	}
-}
-
-// hand makes r the reader of the connection, which does not end meanwhile.
-func (c *conn) hand(r *reader) {
-	if r.burst.calls == nil {
-		r.newBurst()
-	}
-	c.reader.Store(r)
 }
 
 // An outcome is why a reader has the connection no longer.
@@ -269,7 +262,7 @@ func (r *reader) request() (gone bool, err error) {
 	}
 	if have := len(r.in.unread()); uint64(have) < payload {
 		if err := r.wait(int(payload)); err != nil {
-			r.drop()
+			r.c.giveBack(&r.held)
 			return false, err
 		}
 		if way == underGuard && r.more(int(payload)) {
@@ -281,7 +274,7 @@ func (r *reader) request() (gone bool, err error) {
 		r.send() // what is ready need not wait for the call
 	}
 	if err := r.reserve(); err != nil {
-		r.drop()
+		r.c.giveBack(&r.held)
 		r.err = err
 		return false, r.reject(payload)
 	}
@@ -374,7 +367,6 @@ func (r *reader) guarded(payload []byte) (gone bool, err error) {
 	r.state.Store(state)
 	g.arm(r.c)
 	r.long(payload)
-	r.worked()
 	if !r.state.CompareAndSwap(state, state&^mask) {
 		return r.finishTaken()
 	}
@@ -384,23 +376,21 @@ func (r *reader) guarded(payload []byte) (gone bool, err error) {
 
 // inline carries the request out on this goroutine.
 func (r *reader) inline(payload []byte) (gone bool, err error) {
-	lane := r.c.lane
 	r.begin()
-	if !lane.TryLock() {
-		// Another call is under way. The replies that are ready need not wait
-		// for it.
+	if !r.tryTurn() {
+		// Other calls are under way. The replies that are ready need not wait
+		// for them.
 		r.sample()
 		r.send()
 		if err := r.reserve(); err != nil {
-			r.drop()
+			r.c.giveBack(&r.held)
 			return false, err
 		}
-		lane.Lock()
+		r.takeTurn()
 	}
 	state := r.enter()
 	r.run(payload)
-	lane.Unlock()
-	r.worked()
+	r.endTurn()
 	if !r.state.CompareAndSwap(state, state&^mask) {
 		return r.finishTaken()
 	}

@@ -50,7 +50,7 @@ type Options struct {
 	TLSRequired bool
 	// HandshakeMask hides handshake flags that would be offered otherwise.
 	HandshakeMask protocol.HandshakeFlags
-	// HandshakeTimeout is how long a client may take from the connection to
+	// HandshakeTimeout is how long a client may take from the greeting to
 	// the end of the handshake; 0 is for ever.
 	HandshakeTimeout time.Duration
 	// MaxProcs is up to where the server raises GOMAXPROCS while readers of connections

@@ -16,6 +16,9 @@ const (
 	// answers for 4 GiB. The client asks again for what is left.
 	maxStatusCalls = 256
 
+	// keptExtents is up to how many extents the memory for them is kept.
+	keptExtents = 1 << 10
+
 	// baseAllocation is the number that block status replies call the context by.
 	baseAllocation = 1
 )
@@ -49,7 +52,7 @@ func (t *task) queryStatus(flags backend.Flags) error {
 		}
 		asked := off + uint64(n)
 		off = d.add(list, end)
-		if off < asked || off >= end || flags&backend.ReqOne != 0 || len(d.list) >= protocol.MaxExtents {
+		if off < asked || off >= end || flags&backend.ReqOne != 0 || len(d.list) >= backend.MaxExtents {
 			break
 		}
 	}
@@ -79,7 +82,7 @@ func (d *describer) add(extents []backend.Extent, end uint64) (off uint64) {
 			if i := len(d.list) - 1; i >= 0 && d.list[i].Flags == uint64(e.Type) && d.list[i].Length < d.limit {
 				n = min(n, d.limit-d.list[i].Length)
 				d.list[i].Length += n
-			} else if n = min(n, d.limit); len(d.list) < protocol.MaxExtents {
+			} else if n = min(n, d.limit); len(d.list) < backend.MaxExtents {
 				d.list = append(d.list, protocol.Descriptor{Length: n, Flags: uint64(e.Type)})
 			} else {
 				return off
@@ -142,6 +145,9 @@ func align(out, extents []backend.Extent, block, size uint64) []backend.Extent {
 }
 
 func (t *task) finishStatus() error {
+	if len(t.extents.List()) > keptExtents || len(t.status.Descriptors) > keptExtents {
+		defer func() { t.extents, t.aligned, t.status.Descriptors = backend.Extents{}, nil, nil }()
+	}
 	t.status.ContextID = baseAllocation
 	if t.c.negotiated.ExtendedHeaders {
 		b, err := t.chunk(protocol.ReplyBlockStatusExt, t.status.ExtendedWireSize())

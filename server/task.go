@@ -28,9 +28,7 @@ type task struct {
 
 	longCalls int // calls so far that were expected to take long
 
-	// What the request has taken from the limits: requests, and bytes.
-	working int64
-	held    held
+	held held // what the request has taken from the limits of bytes
 
 	// tail is the error with which a read ends whose range was cut to what the
 	// export has; nil else.
@@ -177,12 +175,12 @@ func (t *task) split(call func(n uint32, off uint64) error) error {
 // pause lets others go first between two calls for one request. It fails where
 // there is no point in going on.
 func (t *task) pause() error {
-	if status(t.c.status.Load()) == dead || t.c.s.quitting() {
+	if t.c.gone() || t.c.s.quitting() {
 		return &protocol.RequestError{Command: t.req.Type, Errno: protocol.ESHUTDOWN,
 			Msg: "the server is shutting down; only a part was done"}
 	}
-	t.c.lane.Unlock()
-	t.c.lane.Lock()
+	t.endTurn()
+	t.takeTurn()
 	return nil
 }
 

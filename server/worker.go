@@ -12,7 +12,6 @@ type job struct {
 	req     protocol.Request
 	arrived time.Duration   // see task
 	tail    error           // see task
-	working int64           // see task
 	held    held            // see task
 	payload *backend.Buffer // of a write; the worker's
 }
@@ -68,19 +67,19 @@ func (r *reader) delegate(payload int) error {
 	if payload > 0 {
 		b, err := backend.GetBuffer(payload)
 		if err != nil {
-			r.drop()
+			r.c.giveBack(&r.held)
 			r.err = err
 			return r.reject(uint64(payload))
 		}
 		if err := r.receiveInto(b.B[:payload]); err != nil {
-			r.drop()
+			r.c.giveBack(&r.held)
 			b.Release()
 			return err
 		}
 		j.payload = b
 	}
-	j.arrived, j.working, j.held = r.arrived, r.working, r.held
-	r.working, r.held = 0, held{}
+	j.arrived, j.held = r.arrived, r.held
+	r.held = held{}
 	c := r.c
 	if !c.trySlot() {
 		// What is ready to be sent need not wait for a call to return.
@@ -132,7 +131,7 @@ func (c *conn) work(j job) {
 
 func (t *task) do(j job) {
 	c := t.c
-	t.req, t.arrived, t.tail, t.working, t.held = j.req, j.arrived, j.tail, j.working, j.held
+	t.req, t.arrived, t.tail, t.held = j.req, j.arrived, j.tail, j.held
 	if t.err = t.reserve(); t.err == nil {
 		var payload []byte
 		if j.payload != nil {
@@ -140,7 +139,6 @@ func (t *task) do(j job) {
 		}
 		t.long(payload)
 	}
-	t.worked()
 	j.payload.Release()
 	if err := t.finish(); err != nil {
 		c.log.Error("send reply: " + err.Error() + "; closing the connection")
@@ -179,13 +177,13 @@ func (t *task) long(payload []byte) {
 	c := t.c
 	c.s.long.Add(1)
 	t.begin()
-	c.lane.Lock()
+	t.takeTurn()
 	each := c.pace.each()
 	if t.longCalls++; t.longCalls%each == 0 {
 		t.timed(payload, each)
 	} else {
 		t.run(payload)
-		c.lane.Unlock()
+		t.endTurn()
 	}
 	if each == sampleLong { // nearly all calls block
 		c.s.processors.callsBlock(c.s.handed.Load())
@@ -193,7 +191,7 @@ func (t *task) long(payload []byte) {
 	c.s.long.Add(-1)
 }
 
-// timed makes a call that stands for so many that take long, and gives the lane back, which
+// timed makes a call that stands for so many that take long, and ends its turn, which
 // nobody should wait for any longer than that.
 func (t *task) timed(payload []byte, calls int) {
 	c := t.c
@@ -205,7 +203,7 @@ func (t *task) timed(payload []byte, calls int) {
 	}
 	t.run(payload)
 	d := now() - began
-	c.lane.Unlock()
+	t.endTurn()
 	starved := contended && d > longCall && threadWaits() == waits
 	c.pace.long(d, calls, t.req.Length, starved)
 }

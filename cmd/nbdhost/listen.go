@@ -203,7 +203,7 @@ func parseShort(s string) (netip.Addr, error) {
 			bits = 8 * (len(ip) - i)
 		}
 		n, err := strconv.ParseUint(number, 0, bits)
-		if err != nil || strings.ContainsAny(number, "_oObB") {
+		if err != nil || strings.ContainsAny(number, "_oO") || strings.HasPrefix(strings.ToLower(number), "0b") {
 			return netip.Addr{}, fmt.Errorf("got %q: need an address of IPv4", s)
 		}
 		value = value<<bits | n
