@@ -55,12 +55,15 @@ nbdhost_callback_at (const void *fn)
 
 static int report_fd = STDERR_FILENO;
 static enum nbdhost_crash_format report_format;
+static const char *report_head = "nbdkit: error: ";
 
 void
-nbdhost_crash_report_to (int fd, enum nbdhost_crash_format format)
+nbdhost_crash_report_to (int fd, enum nbdhost_crash_format format,
+                         const char *head)
 {
   report_fd = fd;
   report_format = format;
+  report_head = head;
 }
 
 /* A text of bounded length; what does not fit is left out. */
@@ -118,7 +121,6 @@ report (const char *verb, uintptr_t pc)
   const struct nbdhost_frame *f = nbdhost_frame;
   const struct nbdhost_callback *c = f ? nbdhost_callback_at (f->fn) : NULL;
   const struct nbdhost_conn *conn = f && f->ctx ? f->ctx->conn : NULL;
-  const char *name = nbdhost_settings.name;
   struct text t = { 0 }, m = { 0 };
   char where[256];
 
@@ -137,8 +139,8 @@ report (const char *verb, uintptr_t pc)
     add (&m, ", offset %lu, length %lu", (unsigned long) f->offset,
          (unsigned long) f->count);
   add (&m, "%s%s%s", conn ? ")" : "", *where ? " at " : "", where);
+  add (&t, "%s", report_head);
   if (report_format == NBDHOST_CRASH_JSON) {
-    add (&t, "{\"level\":\"ERROR\"");
     add_member (&t, "msg", m.s);
     if (c) {
       add_member (&t, "module", c->module);
@@ -154,8 +156,7 @@ report (const char *verb, uintptr_t pc)
     add (&t, "}");
   }
   else
-    add (&t, "nbdkit%s%s%s: error: %s", name ? "[" : "", name ? name : "",
-         name ? "]" : "", m.s);
+    add (&t, "%s", m.s);
   t.s[t.len++] = '\n';
   if (write (report_fd, t.s, t.len) == -1) {
     /* There is nobody to tell. */

@@ -99,9 +99,10 @@ const (
 
 // ReportCrashesTo says where one write(2) goes, of at most 1 KiB, when a module crashes,
 // aborts, or exits on behalf of a client: to standard error as text until it is
-// called. The descriptor stays the caller's and must not be closed.
-func ReportCrashesTo(fd int, format CrashFormat) {
-	C.nbdhost_crash_report_to(C.int(fd), uint32(format))
+// called. head precedes it, and begins an object of JSON, to which members are added.
+// The descriptor stays the caller's and must not be closed; less than 0 is none.
+func ReportCrashesTo(fd int, format CrashFormat, head string) {
+	C.nbdhost_crash_report_to(C.int(fd), uint32(format), NewCStr(head).p)
 }
 
 // SetVerbose turns nbdkit_debug on. While it is off nothing is formatted.

@@ -152,9 +152,12 @@ const struct nbdhost_callback *nbdhost_callback_at (const void *fn);
 int nbdhost_callback_add (const void *fn, const char *kind, const char *module,
                           const char *name);
 
-/* What a crash is reported as. */
+/* What a crash is reported as: head, and then the message or, of an object that
+ * head begins, the rest. head must live for ever.
+ */
 enum nbdhost_crash_format { NBDHOST_CRASH_TEXT, NBDHOST_CRASH_JSON };
-void nbdhost_crash_report_to (int fd, enum nbdhost_crash_format);
+void nbdhost_crash_report_to (int fd, enum nbdhost_crash_format,
+                              const char *head);
 int nbdhost_crash_init (void); /* 0, or an errno */
 
 /* ---- the command line (state.c) ---- */

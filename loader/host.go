@@ -85,13 +85,13 @@ func Quit() { cshim.SetQuit() }
 
 // ReportCrashesTo says to which descriptor one line goes, as an object of JSON or as
 // text, when a module crashes, aborts, or exits on behalf of a client. It is text on
-// standard error until this is called.
-func ReportCrashesTo(fd int, json bool) {
+// standard error until this is called. head precedes it, and begins the object.
+func ReportCrashesTo(fd int, json bool, head string) {
 	format := cshim.CrashText
 	if json {
 		format = cshim.CrashJSON
 	}
-	cshim.ReportCrashesTo(fd, format)
+	cshim.ReportCrashesTo(fd, format, head)
 }
 
 // SetCommandLine changes what ps(1) shows of the process. See [cshim.SetCommandLine].

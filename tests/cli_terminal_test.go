@@ -161,7 +161,7 @@ mount --rbind $d/dev /dev; exec "$@"`
 			t.Fatalf("%s %q: nothing was logged: %v", program, args, err)
 		}
 		text := string(b[:n])
-		text = regexp.MustCompile(`^(<\d+>)... .. ..:..:.. (\w+)\[\d+\]: `).ReplaceAllString(text, "$1$2: ")
+		text = regexp.MustCompile(`^(<\d+>)(?:... .. ..:..:.. )?(\w+)\[\d+\]: `).ReplaceAllString(text, "$1$2: ")
 		return strings.TrimRight(regexp.MustCompile(`/tmp/\w+/`).ReplaceAllString(text, "TMP/"), "\n")
 	}
 	read := []string{"eval", "get_size=echo 512", "pread=echo EIO it broke >&2; exit 1",
@@ -178,6 +178,14 @@ mount --rbind $d/dev /dev; exec "$@"`
 	onlyNbdhost(t)
 	if got, want := received(nbdhost, "--log=syslog", "--name=disk1", "-f", "example3", "bogus=1"), "<27>disk1: unknown parameter 'bogus'"; got != want {
 		t.Errorf("with a name: got %q, need %q", got, want)
+	}
+	if asanEnabled {
+		return // it has crashes for itself
+	}
+	crash := `nbdsh -u "$uri" -c 'h.pread(512, ` + fmt.Sprint(whereCrashes) + `)' 2>/dev/null; true`
+	got := received(nbdhost, "--log=syslog", "-U", "-", fixture(t, "crash"), "do=segv", "--run", crash)
+	if !strings.HasPrefix(got, "<27>nbdkit: plugin crash crashed with SIGSEGV in .pread (") {
+		t.Errorf("got %q", got)
 	}
 }
 

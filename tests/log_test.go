@@ -4,6 +4,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -127,6 +129,10 @@ func TestSlow(t *testing.T) {
 	}
 	s := serve("--slow-ms=25")
 	wantLog(t, s, `nbdkit: crash\.\d+: warning: slow request: NBD_CMD_READ took [0-9.]+ ms \(connection 1, cookie 77, offset 32768, length 512\)`)
+	s = serve("--slow-ms=25", "--log=DIR/log")
+	if text, err := os.ReadFile(filepath.Join(s.dir, "log")); err != nil || !strings.Contains(string(text), "slow request") || s.stderr() != "" {
+		t.Errorf("with --log: got %s, %v, and on standard error %s", text, err, s.stderr())
+	}
 	if s := serve(); s.stderr() != "" {
 		t.Errorf("without --slow-ms: got\n%s", s.stderr())
 	}

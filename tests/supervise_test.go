@@ -82,6 +82,37 @@ func TestCrash(t *testing.T) {
 	}
 }
 
+// TestCrashLogged: the crash is in the log, wherever that is.
+func TestCrashLogged(t *testing.T) {
+	t.Parallel()
+	onlyNbdhost(t)
+	if asanEnabled {
+		t.Skip("the sanitizer has crashes for itself")
+	}
+	for format, want := range map[string]string{
+		"text": `^nbdkit\[x\]: error: ` + crashes[0].says + `\n$`,
+		"json": `^\{"level":"ERROR","name":"x","plugin":"crash","msg":"` + crashes[0].says + `","module":"crash",.*"length":512\}\n$`,
+	} {
+		s := startHost(t, "--log=DIR/log", "--log-format="+format, "--name=x", fixture(t, "crash"), "do=segv")
+		s.crash()
+		<-s.exited
+		text, err := os.ReadFile(filepath.Join(s.dir, "log"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if format == "json" { // that the client came
+			_, last, _ := strings.Cut(string(text), "\n")
+			text = []byte(last)
+		}
+		if !regexp.MustCompile(want).Match(text) {
+			t.Errorf("%s: got %s", format, text)
+		}
+		if strings.Contains(s.stderr(), "crashed") {
+			t.Errorf("%s: standard error has %s", format, s.stderr())
+		}
+	}
+}
+
 // TestCrashInFilter: it is the plugin that crashed, and the client's request, also where a
 // filter made the call.
 func TestCrashInFilter(t *testing.T) {

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -71,14 +72,20 @@ type logOutput struct {
 	redact  func(string) string
 	stderr  io.Writer
 	module  atomic.Pointer[string]          // the plugin's name, once it is known
-	errors  atomic.Pointer[func(m message)] // takes errors
+	sink    atomic.Pointer[func(m message)] // takes errors and warnings, and what JSON has besides
+
+	// Crash reports are not made here: the descriptor that they go to, where they are lines of
+	// their own, what precedes one, and the supervisor's, which wants to have them.
+	crashFD   int
+	crashHead string
+	superior  *superior
 }
 
-// newLog returns a handler that writes everything to stderr, until logErrorsTo is
+// newLog returns a handler that writes everything to stderr, until logTo is
 // called.
 func newLog(o *options, stderr io.Writer) *logHandler {
 	out := &logOutput{name: defaultName, tag: defaultName, verbose: o.verbose, json: o.logFormat == logJSON,
-		server: o.name, redact: o.secrets.redact, stderr: stderr}
+		server: o.name, redact: o.secrets.redact, stderr: stderr, superior: o.superior}
 	if o.name != "" {
 		out.name, out.tag = defaultName+"["+o.name+"]", o.name
 	}
@@ -86,25 +93,60 @@ func newLog(o *options, stderr io.Writer) *logHandler {
 	return &logHandler{logOutput: out, worker: -1}
 }
 
-func (h *logOutput) setModule(name string) { h.module.Store(&name) }
+func (h *logOutput) setModule(name string) {
+	h.module.Store(&name)
+	h.reportCrashes()
+}
 
-func (h *logOutput) setErrors(f func(message)) { h.errors.Store(&f) }
+// setSink has f take messages, and crash reports go to the descriptor, with head before each.
+func (h *logOutput) setSink(f func(message), crashFD int, crashHead string) {
+	h.sink.Store(&f)
+	h.crashFD, h.crashHead = crashFD, crashHead
+	h.reportCrashes()
+}
 
-// A message is an error: as a line, and as the system log wants it, which has a
-// name and a level of its own.
+// reportCrashes has crash reports go where errors go, or to the supervisor.
+func (h *logOutput) reportCrashes() {
+	object := []byte(`{"level":"ERROR"`)
+	switch {
+	case h.superior != nil:
+		loader.ReportCrashesTo(h.superior.Control, true, string(object))
+	case h.json:
+		if h.server != "" {
+			object = fmt.Appendf(object, `,"name":%s`, quoteJSON(h.server))
+		}
+		if module := h.module.Load(); module != nil {
+			object = fmt.Appendf(object, `,"plugin":%s`, quoteJSON(*module))
+		}
+		loader.ReportCrashesTo(h.crashFD, true, h.crashHead+string(object))
+	case h.crashHead != "":
+		loader.ReportCrashesTo(h.crashFD, false, h.crashHead)
+	default:
+		loader.ReportCrashesTo(h.crashFD, false, h.name+": error: ")
+	}
+}
+
+func quoteJSON(s string) []byte {
+	b, _ := json.Marshal(s) // a string never fails
+	return b
+}
+
+// A message as a line, and as the system log wants it, which has a name and a level
+// of its own.
 type message struct {
-	line []byte
-	text string
+	line  []byte
+	text  string
+	level slog.Level
 }
 
 func (h *logOutput) toStderr() {
 	color := isTerminal(h.stderr) && !h.json
-	h.setErrors(func(m message) {
-		if color { // red
+	h.setSink(func(m message) {
+		if color && m.level >= slog.LevelError { // red
 			m.line = append(append([]byte("\033[1;31m"), m.line...), "\033[0m"...)
 		}
 		h.stderr.Write(m.line) // nobody is left to tell
-	})
+	}, unix.Stderr, "")
 }
 
 func isTerminal(w io.Writer) bool {
@@ -116,13 +158,13 @@ func isTerminal(w io.Writer) bool {
 	return err == nil
 }
 
-// logErrorsTo does what --log says; where is a value of that option.
-func (h *logOutput) logErrorsTo(where string) error {
+// logTo does what --log says; where is a value of that option.
+func (h *logOutput) logTo(where string) error {
 	switch where {
 	case logDefault, logStderr:
 		h.toStderr()
 	case logNull:
-		h.setErrors(func(message) {})
+		h.setSink(func(message) {}, -1, "")
 	case logSyslog:
 		h.toSyslog(func() (*syslog.Writer, error) {
 			return syslog.New(syslog.LOG_DAEMON|syslog.LOG_ERR, h.tag)
@@ -132,17 +174,18 @@ func (h *logOutput) logErrorsTo(where string) error {
 		if err != nil {
 			return fmt.Errorf("open log: %w", err)
 		}
-		h.setErrors(func(m message) { f.Write(m.line) })
+		h.setSink(func(m message) { f.Write(m.line) }, int(f.Fd()), "")
 	}
 	return nil
 }
 
-// toSyslog sends errors where dial connects to. What cannot be sent is lost, as
+// toSyslog sends messages where dial connects to. What cannot be sent is lost, as
 // it is with syslog(3).
 func (h *logOutput) toSyslog(dial func() (*syslog.Writer, error)) {
 	var mu sync.Mutex
 	var w *syslog.Writer
-	h.setErrors(func(m message) {
+	head := fmt.Sprintf("<%d>%s[%d]: ", syslog.LOG_DAEMON|syslog.LOG_ERR, h.tag, os.Getpid())
+	h.setSink(func(m message) {
 		mu.Lock()
 		defer mu.Unlock()
 		if w == nil {
@@ -150,8 +193,28 @@ func (h *logOutput) toSyslog(dial func() (*syslog.Writer, error)) {
 				return
 			}
 		}
-		io.WriteString(w, m.text)
-	})
+		switch {
+		case m.level >= slog.LevelError:
+			w.Err(m.text)
+		case m.level >= slog.LevelWarn:
+			w.Warning(m.text)
+		default:
+			w.Info(m.text)
+		}
+	}, systemLog(), head)
+}
+
+// systemLog returns a descriptor of the system log's socket, or -1 where nobody listens.
+func systemLog() int {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return -1
+	}
+	if err := unix.Connect(fd, &unix.SockaddrUnix{Name: "/dev/log"}); err != nil {
+		unix.Close(fd)
+		return -1
+	}
+	return fd
 }
 
 func (h *logHandler) Enabled(_ context.Context, level slog.Level) bool {
@@ -162,7 +225,7 @@ func (h *logHandler) Handle(ctx context.Context, r slog.Record) error {
 	here := *h
 	here.all = slices.Clip(h.all)
 	r.Attrs(func(a slog.Attr) bool { here.add(a); return true })
-	var m message
+	m := message{level: r.Level}
 	if h.json {
 		m.line = here.object(ctx, r)
 		m.text = strings.TrimSuffix(string(m.line), "\n")
@@ -178,8 +241,8 @@ func (h *logHandler) Handle(ctx context.Context, r slog.Record) error {
 		m.line = append(m.line, ": "+where+levelName(r.Level)+": "+text+"\n"...)
 		m.text = where + text
 	}
-	if r.Level >= slog.LevelError {
-		(*h.errors.Load())(m)
+	if r.Level >= slog.LevelWarn || h.json && r.Level >= slog.LevelInfo {
+		(*h.sink.Load())(m)
 		return nil
 	}
 	_, err := h.stderr.Write(m.line)

@@ -279,7 +279,7 @@ var optionTable = []option{
 			o.debug = append(o.debug, f)
 			return err
 		}},
-	{groupOutput, []string{"log"}, "", "WHERE", "where errors go: stderr, syslog, null, /path, or default\n(stderr in the foreground, syslog in the background)",
+	{groupOutput, []string{"log"}, "", "WHERE", "where errors and warnings go: stderr, syslog, null, /path,\nor default (stderr in the foreground, else syslog)",
 		func(o *options, v string) error {
 			if v != logDefault && v != logStderr && v != logSyslog && v != logNull && !filepath.IsAbs(v) {
 				return fmt.Errorf("got %q: need stderr, syslog, null, default or an absolute path", v)

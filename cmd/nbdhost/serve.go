@@ -56,11 +56,11 @@ func serve(o *options, start *starter, stdout io.Writer, out *logHandler) (int, 
 	unix.Umask(0o022)
 	switch {
 	case o.log != logDefault:
-		if err := out.logErrorsTo(o.log); err != nil {
+		if err := out.logTo(o.log); err != nil {
 			return 1, err
 		}
 	case o.superior != nil && o.superior.Background && o.superior.Again:
-		if err := out.logErrorsTo(logSyslog); err != nil {
+		if err := out.logTo(logSyslog); err != nil {
 			return 1, err
 		}
 	}
@@ -86,7 +86,6 @@ func serve(o *options, start *starter, stdout io.Writer, out *logHandler) (int, 
 	if err != nil {
 		return 1, err
 	}
-	reportCrashes(o)
 	loader.SetVerbose(o.verbose)
 	loader.SetStdioSafe(!o.stdio)
 	o.secrets.learn(os.Environ()) // plugins print what they find there, and so does -D nbdkit.environ
@@ -431,7 +430,7 @@ func announce(o *options, start *starter, out *logHandler) (err error) {
 	}
 	if start != nil || o.superior != nil && o.superior.Background {
 		if o.log == logDefault {
-			if err := out.logErrorsTo(logSyslog); err != nil {
+			if err := out.logTo(logSyslog); err != nil {
 				return err
 			}
 		}

@@ -18,7 +18,6 @@ import (
 	"golang.org/x/sys/unix"
 
 	"nbdhost/backend"
-	"nbdhost/loader"
 )
 
 // With --supervise there are two processes. The supervisor is the one that was started:
@@ -126,7 +125,7 @@ func supervise(o *options, args []string, start *starter, stdout io.Writer, out 
 	log := slog.New(out)
 	unix.Umask(0o022) // as in serve
 	if o.log != logDefault {
-		if err := out.logErrorsTo(o.log); err != nil {
+		if err := out.logTo(o.log); err != nil {
 			return 1, err
 		}
 	}
@@ -502,16 +501,6 @@ func (s *supervisor) logCrash(report string) {
 		}
 	}
 	s.log.Error(fmt.Sprint(attrs["msg"]), args...)
-}
-
-// reportCrashes lets the supervisor have the crash reports, or the log.
-func reportCrashes(o *options) {
-	switch {
-	case o.superior != nil:
-		loader.ReportCrashesTo(o.superior.Control, true)
-	case o.logFormat == logJSON:
-		loader.ReportCrashesTo(2, true)
-	}
 }
 
 // saidByModule tells whether the module has logged the error itself.
