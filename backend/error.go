@@ -7,7 +7,7 @@ import (
 
 // An Error is a callback of a module that failed.
 type Error struct {
-	Module string        // the module's name, for example "file"
+	Module string        // which the error is from, for example "file"; not always the one that was called
 	Op     string        // the callback, for example "pread"
 	Errno  syscall.Errno // never 0
 	Msg    string        // the text of the call's last nbdkit_error, or ""

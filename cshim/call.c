@@ -39,6 +39,7 @@ enter (struct nbdhost_frame *f, nbdhost_ctx ctx, int worker, void *fn)
                                                  : worker;
   f->error = 0;
   f->message = NULL;
+  f->module = NULL;
   f->outer = nbdhost_frame;
   nbdhost_frame = f;
   nbdhost_need_sigstack ();
@@ -94,6 +95,13 @@ leave (struct nbdhost_frame *f, int64_t ret, void *ptr, bool failed)
   else
     r.err = EIO;
   r.message = f->message;
+  if (f->module)
+    r.module = f->module;
+  else {
+    const struct nbdhost_callback *c = nbdhost_callback_at (f->fn);
+
+    r.module = c ? c->module : NULL;
+  }
   return r;
 }
 

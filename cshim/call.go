@@ -25,6 +25,9 @@ type Result struct {
 	// the module preserves it, else EIO. 0 on success.
 	Errno syscall.Errno
 	Msg   string // last nbdkit_error of a callback that failed
+	// Module is the name of the one that the error is from: which of those that a
+	// filter called has failed, if the filter has not called nbdkit_error since. "" is unknown.
+	Module string
 }
 
 func result(r C.struct_nbdhost_result) Result {
@@ -32,6 +35,9 @@ func result(r C.struct_nbdhost_result) Result {
 	if r.message != nil {
 		res.Msg = C.GoString(r.message)
 		C.free(unsafe.Pointer(r.message))
+	}
+	if r.module != nil {
+		res.Module = C.GoString(r.module)
 	}
 	return res
 }

@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/signal"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"unsafe"
@@ -80,10 +81,17 @@ func Init() error {
 	return nil
 }
 
+// moduleNames are those of modules, for C: a map[string]CStr.
+var moduleNames sync.Map
+
 // NameCallback says what the function at fn is, for crash reports and log lines: the
 // callback name ("pread") of a module of a kind ("plugin", "filter").
 func NameCallback(fn unsafe.Pointer, kind, module, name string) {
-	if C.nbdhost_callback_add(fn, NewCStr(kind).p, NewCStr(module).p, NewCStr(name).p) != 0 {
+	owner, ok := moduleNames.Load(module)
+	if !ok {
+		owner, _ = moduleNames.LoadOrStore(module, NewCStr(module))
+	}
+	if C.nbdhost_callback_add(fn, NewCStr(kind).p, owner.(CStr).p, NewCStr(name).p) != 0 {
 		panic("cshim: out of memory")
 	}
 }

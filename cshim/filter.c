@@ -95,16 +95,17 @@ of_next (nbdhost_next next)
 
 /* ---- requests ---- */
 
-/* What failed is for now why the callback fails that f stands for, until that sets
- * another error. message is f's; f may be NULL.
+/* What failed, in module, is for now why the callback fails that f stands for, until
+ * that sets another error. message is f's; f may be NULL.
  */
 static int
-failed (struct nbdhost_frame *f, int err, char *message)
+failed (struct nbdhost_frame *f, int err, char *message, const char *module)
 {
   if (f) {
     f->error = err;
     free (f->message);
     f->message = message;
+    f->module = module;
   }
   else
     free (message);
@@ -130,7 +131,7 @@ ask (void (*go) (struct nbdhost_request *), uint64_t id,
   go (r);
   if (r->ret >= 0)
     return r->ret;
-  failed (f, r->err, r->text);
+  failed (f, r->err, r->text, r->module);
   r->text = NULL;
   return -1;
 }
@@ -413,7 +414,7 @@ call_directly (nbdhost_next next, bool write, const void *buf, uint32_t count,
   data.offset = offset;
   __atomic_fetch_add (d->calls, 1, __ATOMIC_RELAXED);
   r = call_io (&data, d->filter != NULL, write);
-  *ret = r.ret < 0 ? failed (f, r.err, r.message) : 0;
+  *ret = r.ret < 0 ? failed (f, r.err, r.message, r.module) : 0;
   if (*ret == -1 && err)
     *err = r.err;
   return true;

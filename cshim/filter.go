@@ -327,19 +327,22 @@ func CallFilterExtents(d *Data, add func(offset, length uint64, typ uint32) erro
 // Requests of filters.
 
 // failure puts an error into a request; the text is C's.
-func failure(q *C.struct_nbdhost_request, errno syscall.Errno, msg string) {
-	if errno == 0 {
-		errno = syscall.EIO
+func failure(q *C.struct_nbdhost_request, r Result) {
+	if r.Errno == 0 {
+		r.Errno = syscall.EIO
 	}
-	q.ret, q.err = -1, C.int(errno)
-	if msg != "" {
-		q.text = C.CString(msg)
+	q.ret, q.err = -1, C.int(r.Errno)
+	if r.Msg != "" {
+		q.text = C.CString(r.Msg)
+	}
+	if name, ok := moduleNames.Load(r.Module); ok {
+		q.module = name.(CStr).p
 	}
 }
 
 func outcome(q *C.struct_nbdhost_request, r Result) {
 	if r.Errno != 0 || r.Ret < 0 {
-		failure(q, r.Errno, r.Msg)
+		failure(q, r)
 		return
 	}
 	q.ret = C.int64_t(r.Ret)
@@ -348,7 +351,7 @@ func outcome(q *C.struct_nbdhost_request, r Result) {
 // answerText puts a text, or that there is none, into a request.
 func answerText(q *C.struct_nbdhost_request, text string, ok bool) {
 	if !ok {
-		failure(q, syscall.EIO, "")
+		failure(q, Result{})
 		return
 	}
 	q.ret, q.text = 0, C.CString(text)
@@ -356,7 +359,7 @@ func answerText(q *C.struct_nbdhost_request, text string, ok bool) {
 
 // stale answers a request to what is not there: it was closed, or never opened.
 func stale(q *C.struct_nbdhost_request, what string) {
-	failure(q, syscall.EBADF, "the filter uses "+what+" that is not open")
+	failure(q, Result{Errno: syscall.EBADF, Msg: "the filter uses " + what + " that is not open"})
 }
 
 //export nbdhost_go_backend

@@ -78,6 +78,7 @@ nbdkit_verror (const char *fmt, va_list args)
     if (nbdhost_frame) {
       free (nbdhost_frame->message);
       nbdhost_frame->message = text;
+      nbdhost_frame->module = NULL;
     }
     else
       free (text);

@@ -55,6 +55,7 @@ struct nbdhost_frame {
   uint32_t count;
   int error;                   /* nbdkit_set_error's value, 0: not called */
   char *message;               /* last nbdkit_error, NULL: none */
+  const char *module;          /* where the error is from; NULL: fn's own */
   struct nbdhost_frame *outer;
 };
 
@@ -225,6 +226,7 @@ struct nbdhost_request {
   int64_t ret;                 /* negative: failed */
   int err;                     /* if it failed */
   char *text;                  /* malloc'd: the answer, or the error's message */
+  const char *module;          /* where the error is from, NULL: unknown */
   void *ptr;
   uint32_t minimum, preferred, maximum;
 };
@@ -239,6 +241,7 @@ struct nbdhost_result {
   int64_t ret;
   void *ptr;
   char *message;               /* malloc'd, the caller's; NULL: none */
+  const char *module;          /* where the error is from, NULL: unknown */
   int err;                     /* 0 on success */
 };
 

@@ -325,7 +325,7 @@ func answer(err error) cshim.Result {
 	r := cshim.Result{Ret: -1, Errno: syscall.EIO}
 	errors.As(err, &r.Errno)
 	if failed := (*backend.Error)(nil); errors.As(err, &failed) {
-		r.Msg = failed.Msg
+		r.Msg, r.Module = failed.Msg, failed.Module
 		return r
 	}
 	r.Msg = err.Error()

@@ -95,7 +95,11 @@ func (m *module) failure(cb backend.Callback, r cshim.Result) error {
 	if msg != "" && hostRedact != nil {
 		msg = hostRedact(msg)
 	}
-	return &backend.Error{Module: m.name, Op: cb.String(), Errno: r.Errno, Msg: msg}
+	from := r.Module
+	if from == "" {
+		from = m.name
+	}
+	return &backend.Error{Module: from, Op: cb.String(), Errno: r.Errno, Msg: msg}
 }
 
 // hostRedact takes secrets out of a text, if it is not nil; set by Init.

@@ -80,6 +80,45 @@ func (s *server) waitFor(metric string, v float64) {
 	}
 }
 
+// TestErrorsOfModules: an error counts for the module that it is from, however many filters
+// pass it on.
+func TestErrorsOfModules(t *testing.T) {
+	t.Parallel()
+	onlyNbdhost(t)
+	for _, tt := range []struct {
+		from string
+		args []string
+	}{
+		{"eval", []string{"--filter=delay", "--filter=log", "logfile=DIR/log"}},
+		{"eval", []string{"--filter=offset", "--filter=delay"}}, // one calls the other without Go between
+		{"eval", []string{"--filter=blocksize", "--filter=retry", "maxdata=64k", "retries=0"}},
+		{"error-inject", []string{"--filter=delay", "--filter=error", "--filter=offset", "error-pread=EIO", "error-pread-rate=100%"}},
+	} {
+		var filters, parameters []string
+		for _, arg := range tt.args {
+			if strings.HasPrefix(arg, "--") {
+				filters = append(filters, arg)
+			} else {
+				parameters = append(parameters, arg)
+			}
+		}
+		args := append([]string{"--metrics=unix:DIR/http"}, filters...)
+		args = append(append(args, "eval", "get_size=echo 1M", "pread=echo EIO it broke >&2; exit 1"), parameters...)
+		s := startHost(t, args...)
+		try(t, "nbdsh", "-u", s.uri("x"), "-c", "h.pread(512, 0)")
+		got := s.metrics()
+		for metric, n := range got {
+			if strings.HasPrefix(metric, `nbdhost_errors_total{command="read",export="x"`) && (n != 0) != strings.Contains(metric, `module="`+tt.from+`"`) {
+				t.Errorf("%q: %s: got %g", tt.args, metric, n)
+			}
+		}
+		if n := got[`nbdhost_operations_total{command="read",export="x"}`]; n != 1 {
+			t.Errorf("%q: got %g reads", tt.args, n)
+		}
+		s.stop()
+	}
+}
+
 // TestMetrics: what real clients do to real modules is in the metrics, which promtool
 // has nothing against.
 func TestMetrics(t *testing.T) {
