@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"syscall"
 	"testing"
@@ -15,6 +16,10 @@ import (
 
 	"nbdhost/cshim"
 )
+
+// taken matches names that are the program's: those of the API, those that are replaced on
+// purpose, and what no module may call something of its own.
+var taken = regexp.MustCompile(`^(nbdkit_.*|pthread_mutex_init|main|_.*|x_cgo_.*|x_crosscall2_ptr)$`)
 
 // exported returns the names that start with nbdkit_ in the symbol table of this
 // executable, which is linked as any that imports cshim is.
@@ -34,7 +39,8 @@ func exported(t *testing.T) []string {
 		if name := f[len(f)-1]; strings.HasPrefix(name, "nbdkit_") {
 			names = append(names, name)
 		}
-		if name := f[len(f)-1]; strings.HasPrefix(name, "nbdhost_") {
+		// A module may well have one of its own that has the name of any other function.
+		if name := f[len(f)-1]; !taken.MatchString(name) {
 			t.Errorf("exported %s: need it hidden", name)
 		}
 	}

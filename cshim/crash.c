@@ -214,7 +214,8 @@ crashed (int sig, siginfo_t *info, void *context)
 static bool
 in_program (uintptr_t pc)
 {
-  extern char __executable_start, etext;
+  extern char __executable_start;
+  extern char etext __attribute__ ((visibility ("hidden"))); /* see state.c */
 
   return pc >= (uintptr_t) &__executable_start && pc < (uintptr_t) &etext;
 }

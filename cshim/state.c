@@ -238,6 +238,21 @@ nbdhost_signals_restore (void)
   }
 }
 
+/* ---- names ---- */
+
+/* --export-dynamic puts every name of the program before a module's own of that name.
+ * These are not the program's alone: to refer to them as hidden hides them. They are weak
+ * since not all are there in each program that cgo links.
+ */
+#define HIDDEN __attribute__ ((weak, visibility ("hidden")))
+
+extern char fatalf HIDDEN, crosscall1 HIDDEN, crosscall2 HIDDEN; /* Go's */
+extern char data_start HIDDEN, edata HIDDEN, end HIDDEN, etext HIDDEN; /* the linker's */
+
+__attribute__ ((used)) static const char *const hidden[] = {
+  &fatalf, &crosscall1, &crosscall2, &data_start, &edata, &end, &etext,
+};
+
 /* ---- open files ---- */
 
 /* Go takes the hard limit for itself. What a module forks has the one that the

@@ -88,6 +88,9 @@ func testHazards(t *testing.T) {
 		}},
 		{"exits in .config, with its own status", func(t *testing.T) { exits(t, plugin, "exit in config", 7) }},
 		{"exits in .get_ready, with its own status", func(t *testing.T) { exits(t, plugin, "exit in get_ready", 8) }},
+		{"ignores SIGCHLD, so that nobody learns how --run has ended", func(t *testing.T) {
+			exits(t, plugin, "no zombies", 1, "--run", "exit 3")
+		}},
 		{"calls nbdkit_error in threads of its own", func(t *testing.T) {
 			s, j, _ := serve(t, "threads", "-v")
 			reads(t, s, 200)
@@ -259,12 +262,13 @@ func signalThread(t *testing.T, s *server, tid int, sig syscall.Signal) {
 
 // exits wants nbdkit and the program under test to end as the plugin says, after
 // what the plugin gave to atexit has run.
-func exits(t *testing.T, plugin, what string, status int) {
+func exits(t *testing.T, plugin, what string, status int, args ...string) {
 	t.Helper()
 	for _, program := range []string{nbdkit, nbdhost} {
 		dir := tempDir(t)
 		j := newJournal(t, dir)
-		cmd := exec.Command(program, "-f", "-U", dir+"/sock", plugin, "journal="+dir+"/journal", "do="+what)
+		args := append([]string{"-f", "-U", dir + "/sock", plugin, "journal=" + dir + "/journal", "do=" + what}, args...)
+		cmd := exec.Command(program, args...)
 		cmd.Stderr = os.Stderr
 		err := cmd.Run()
 		if exit, ok := err.(*exec.ExitError); !ok || exit.ExitCode() != status {

@@ -536,7 +536,7 @@ func (c *captive) start(o *options, uri protocol.URI, stop func()) (err error) {
 	}
 	c.ended, c.denied = make(chan struct{}), make(chan struct{})
 	go func() {
-		c.Wait() // the error is in ProcessState, too
+		c.Wait() // what comes of it is in ProcessState
 		close(c.ended)
 		stop()
 	}()
@@ -569,6 +569,10 @@ func (c *captive) finish(code int) int {
 	case <-c.ended:
 	case <-c.denied:
 		c.log.Error("external command goes on: the user of --user may not end it")
+		return 1
+	}
+	if c.ProcessState == nil {
+		c.log.Error("external command has ended, and a module has taken its exit status: it ignores SIGCHLD, or waits for all children")
 		return 1
 	}
 	status, text := exitStatus(c.ProcessState)

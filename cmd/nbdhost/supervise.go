@@ -372,7 +372,7 @@ func (s *supervisor) startServer() (_ *serverProcess, err error) {
 		}
 	}()
 	go func() {
-		c.cmd.Wait() // the error is in ProcessState, too
+		c.cmd.Wait() // what comes of it is in ProcessState: there are no modules here that could take it
 		// What was sent is still read, and then comes the end, also where a
 		// process that a module left behind has the other end of the socket.
 		c.control.CloseRead()
