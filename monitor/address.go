@@ -7,7 +7,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -18,6 +17,14 @@ import (
 // An Address is where a monitor listens: a TCP address, or a Unix socket.
 type Address struct {
 	network, address string
+}
+
+// Socket is the path of a Unix socket, or "".
+func (a Address) Socket() string {
+	if a.network == "unix" {
+		return a.address
+	}
+	return ""
 }
 
 const maxSocket = 107 // bytes of a path in struct sockaddr_un, without the NUL
@@ -67,18 +74,13 @@ func (a Address) String() string {
 // closed; one that a server has left behind which did not get to that is replaced.
 func Listen(a Address) (net.Listener, error) {
 	l, err := net.Listen(a.network, a.address)
-	if a.network == "unix" && errors.Is(err, syscall.EADDRINUSE) && abandoned(a.address) {
-		if err = os.Remove(a.address); err == nil {
-			l, err = net.Listen(a.network, a.address)
-		}
-	}
 	if err == nil {
 		return l, nil
 	}
 	hint := ""
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE) && a.network == "unix":
-		hint = ": remove the file if no server uses it, or give another path"
+		hint = ": stop the server that uses it, remove the file if it is no socket, or give another path"
 	case errors.Is(err, syscall.EADDRINUSE):
 		hint = ": stop the other server, or give another port"
 	case errors.Is(err, syscall.EADDRNOTAVAIL):
@@ -88,19 +90,6 @@ func Listen(a Address) (net.Listener, error) {
 		err = errno // package net wraps it into more words than a user needs
 	}
 	return nil, fmt.Errorf("bind to %v for metrics and health: %w%s", a, err, hint)
-}
-
-// abandoned tells whether path is a socket that nobody listens on.
-func abandoned(path string) bool {
-	info, err := os.Lstat(path)
-	if err != nil || info.Mode()&os.ModeSocket == 0 {
-		return false
-	}
-	c, err := net.Dial("unix", path)
-	if err == nil {
-		c.Close()
-	}
-	return errors.Is(err, syscall.ECONNREFUSED)
 }
 
 // Check asks the monitor at a whether its server is ready, and returns nil if it is. An

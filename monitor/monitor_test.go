@@ -451,31 +451,3 @@ func TestParseAddress(t *testing.T) {
 		}
 	}
 }
-
-// The socket that a killed server has left is replaced; what anybody uses, or is no
-// socket, is not.
-func TestListenUnix(t *testing.T) {
-	a := Address{"unix", filepath.Join(t.TempDir(), "s")}
-	l, err := Listen(a)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := Listen(a); err == nil || !strings.Contains(err.Error(), "address already in use: remove the file") {
-		t.Errorf("in use: got %v", err)
-	}
-	l.(*net.UnixListener).SetUnlinkOnClose(false)
-	l.Close()
-	if l, err = Listen(a); err != nil {
-		t.Fatal(err)
-	}
-	l.Close()
-	if err := os.WriteFile(a.address, []byte("precious"), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := Listen(a); err == nil {
-		t.Error("a file was replaced")
-	}
-	if b, err := os.ReadFile(a.address); string(b) != "precious" {
-		t.Errorf("got %q, %v", b, err)
-	}
-}

@@ -130,15 +130,17 @@ func ParseURI(s string) (*URI, error) {
 }
 
 // String is the URI as text, percent-escaped so that ParseURI gives it back.
-// The default port is left out.
+// The default port is left out, and the slash before an export that has no name,
+// as by nbdkit: callers append "/NAME".
 func (u *URI) String() string {
-	out := url.URL{Scheme: "nbd", Path: "/" + u.Export}
+	scheme := "nbd"
 	if u.TLS {
-		out.Scheme = "nbds"
+		scheme = "nbds"
 	}
 	if u.Transport == TransportUnix || u.Transport == TransportVsock {
-		out.Scheme += "+" + string(u.Transport)
+		scheme += "+" + string(u.Transport)
 	}
+	var out url.URL
 	if u.User != "" {
 		out.User = url.User(u.User)
 	}
@@ -162,8 +164,17 @@ func (u *URI) String() string {
 	if len(u.Params) > 0 {
 		query = append(query, legible(u.Params.Encode()))
 	}
-	out.RawQuery = strings.Join(query, "&")
-	return out.String()
+	text := "//"
+	if out.User != nil || out.Host != "" {
+		text = out.String()
+	}
+	if u.Export != "" {
+		text += "/" + escape(u.Export)
+	}
+	if query != nil {
+		text += "?" + strings.Join(query, "&")
+	}
+	return scheme + ":" + text
 }
 
 func escape(s string) string { return legible(url.QueryEscape(s)) }

@@ -16,20 +16,20 @@ func TestURI(t *testing.T) {
 		network, address string
 	}{
 		{"nbd://example.com/disk", URI{Transport: TransportTCP, Host: "example.com", Port: 10809, Export: "disk"}, "", "tcp", "example.com:10809"},
-		{"nbd://example.com", URI{Transport: TransportTCP, Host: "example.com", Port: 10809}, "nbd://example.com/", "tcp", "example.com:10809"},
-		{"nbds://alice@example.com:10810/", URI{Transport: TransportTCP, TLS: true, User: "alice", Host: "example.com", Port: 10810}, "", "tcp", "example.com:10810"},
+		{"nbd://example.com", URI{Transport: TransportTCP, Host: "example.com", Port: 10809}, "", "tcp", "example.com:10809"},
+		{"nbds://alice@example.com:10810/", URI{Transport: TransportTCP, TLS: true, User: "alice", Host: "example.com", Port: 10810}, "nbds://alice@example.com:10810", "tcp", "example.com:10810"},
 		{"nbd://example.com//disk", URI{Transport: TransportTCP, Host: "example.com", Port: 10809, Export: "/disk"}, "", "tcp", "example.com:10809"},
 		{"nbd://example.com/hello%20world", URI{Transport: TransportTCP, Host: "example.com", Port: 10809, Export: "hello world"}, "", "tcp", "example.com:10809"},
-		{"nbd://[::1]:0/", URI{Transport: TransportTCP, Host: "::1", Port: 0}, "", "tcp", "[::1]:0"},
-		{"nbd://[fe80::1%25eth0]/", URI{Transport: TransportTCP, Host: "fe80::1%eth0", Port: 10809}, "", "tcp", "[fe80::1%eth0]:10809"},
+		{"nbd://[::1]:0/", URI{Transport: TransportTCP, Host: "::1", Port: 0}, "nbd://[::1]:0", "tcp", "[::1]:0"},
+		{"nbd://[fe80::1%25eth0]/", URI{Transport: TransportTCP, Host: "fe80::1%eth0", Port: 10809}, "nbd://[fe80::1%25eth0]", "tcp", "[fe80::1%eth0]:10809"},
 		{"nbd://localhost/a%3Fb%23c%25d", URI{Transport: TransportTCP, Host: "localhost", Port: 10809, Export: "a?b#c%d"}, "", "tcp", "localhost:10809"},
-		{"nbd+unix:///?socket=/tmp/s", URI{Transport: TransportUnix, Socket: "/tmp/s"}, "", "unix", "/tmp/s"},
+		{"nbd+unix:///?socket=/tmp/s", URI{Transport: TransportUnix, Socket: "/tmp/s"}, "nbd+unix://?socket=/tmp/s", "unix", "/tmp/s"},
 		{"nbd+unix:///x?socket=%2Ftmp%2Fa+b%26c", URI{Transport: TransportUnix, Socket: "/tmp/a b&c", Export: "x"}, "nbd+unix:///x?socket=/tmp/a%20b%26c", "unix", "/tmp/a b&c"},
 		{"nbds+unix:///x?socket=s", URI{Transport: TransportUnix, TLS: true, Socket: "s", Export: "x"}, "", "unix", "s"},
-		{"nbd+unix:///?socket=%00/abstract", URI{Transport: TransportUnix, Socket: "\x00/abstract"}, "", "unix", "@/abstract"},
-		{"nbd+unix:///?socket=s&tls-type=psk&x-a=b%20c", URI{Transport: TransportUnix, Socket: "s", Params: url.Values{"tls-type": {"psk"}, "x-a": {"b c"}}}, "", "unix", "s"},
+		{"nbd+unix:///?socket=%00/abstract", URI{Transport: TransportUnix, Socket: "\x00/abstract"}, "nbd+unix://?socket=%00/abstract", "unix", "@/abstract"},
+		{"nbd+unix:///?socket=s&tls-type=psk&x-a=b%20c", URI{Transport: TransportUnix, Socket: "s", Params: url.Values{"tls-type": {"psk"}, "x-a": {"b c"}}}, "nbd+unix://?socket=s&tls-type=psk&x-a=b%20c", "unix", "s"},
 		{"nbd+vsock://2:4000000000/x", URI{Transport: TransportVsock, CID: 2, Port: 4000000000, Export: "x"}, "", "vsock", "2:4000000000"},
-		{"nbds+vsock://3/", URI{Transport: TransportVsock, TLS: true, CID: 3, Port: 10809}, "", "vsock", "3:10809"},
+		{"nbds+vsock://3/", URI{Transport: TransportVsock, TLS: true, CID: 3, Port: 10809}, "nbds+vsock://3", "vsock", "3:10809"},
 		{"NBD://h/%C3%A9", URI{Transport: TransportTCP, Host: "h", Port: 10809, Export: "é"}, "nbd://h/%C3%A9", "tcp", "h:10809"},
 	}
 	for _, test := range tests {

@@ -14,6 +14,8 @@ import (
 	"strings"
 	"syscall"
 
+	"golang.org/x/sys/unix"
+
 	"nbdhost/monitor"
 	"nbdhost/protocol"
 	"nbdhost/server"
@@ -94,12 +96,13 @@ func listenUnix(path, export string, log *slog.Logger) (_ *endpoint, err error) 
 		}
 		path = filepath.Join(e.private, "socket")
 	}
+	removeDead(path, log)
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 	if err != nil {
 		e.remove()
 		err = cause(err)
 		if errors.Is(err, syscall.EADDRINUSE) {
-			return nil, fmt.Errorf("bind to %s: %w: remove the file if no server uses it, or give another --unix", path, err)
+			return nil, fmt.Errorf("bind to %s: %w: stop the server that uses it, remove the file if it is no socket, or give another --unix", path, err)
 		}
 		return nil, fmt.Errorf("bind to %s: %w", path, err)
 	}
@@ -108,6 +111,23 @@ func listenUnix(path, export string, log *slog.Logger) (_ *endpoint, err error) 
 	e.uri = protocol.URI{Transport: protocol.TransportUnix, Socket: path, Export: export}
 	log.Debug("bound to unix socket " + path)
 	return e, nil
+}
+
+// removeDead removes a socket that no process has any more, as it is left where one was
+// killed, and always by --unix=PATH. To look for whoever has it must not look like a client:
+// a datagram socket cannot be connected to one of streams, dead or alive, but the errors differ.
+func removeDead(path string, log *slog.Logger) {
+	if info, err := os.Lstat(path); err != nil || info.Mode().Type() != os.ModeSocket {
+		return
+	}
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return
+	}
+	defer unix.Close(fd)
+	if unix.Connect(fd, &unix.SockaddrUnix{Name: path}) == unix.ECONNREFUSED && os.Remove(path) == nil {
+		log.Debug("removed socket " + path + ", which no process had any more")
+	}
 }
 
 // freePortTries is how often another free port is tried where the one that the

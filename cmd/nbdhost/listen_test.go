@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -130,9 +131,9 @@ func TestUriOf(t *testing.T) {
 		a    net.Addr
 		want string
 	}{
-		{&net.TCPAddr{IP: net.IPv4zero, Port: 10809}, "nbd://localhost/"},
-		{&net.TCPAddr{IP: net.IPv6loopback, Port: 1}, "nbd://[::1]:1/"},
-		{vsockAddr{unix.VMADDR_CID_ANY, 7}, "nbd+vsock://1:7/"},
+		{&net.TCPAddr{IP: net.IPv4zero, Port: 10809}, "nbd://localhost"},
+		{&net.TCPAddr{IP: net.IPv6loopback, Port: 1}, "nbd://[::1]:1"},
+		{vsockAddr{unix.VMADDR_CID_ANY, 7}, "nbd+vsock://1:7"},
 	} {
 		if u := uriOf(tt.a, ""); u.String() != tt.want {
 			t.Errorf("%v: got %v, want %s", tt.a, &u, tt.want)
@@ -219,5 +220,44 @@ func TestParseShort(t *testing.T) {
 		if (err != nil) != (want == "") || err == nil && got.String() != want {
 			t.Errorf("%q: got %v, %v, need %q", text, got, err, want)
 		}
+	}
+}
+
+// The socket that a killed server has left is replaced; what anybody uses, or is no
+// socket, is not.
+func TestDeadSocket(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	e, err := listenUnix(path, "", quiet)
+	if err != nil {
+		t.Fatal(err)
+	}
+	connected := make(chan struct{})
+	go func() {
+		if _, err := e.listeners[0].Accept(); err == nil {
+			close(connected)
+		}
+	}()
+	if _, err := listenUnix(path, "", quiet); err == nil || !strings.Contains(err.Error(), "address already in use: stop the server") {
+		t.Errorf("in use: got %v", err)
+	}
+	select {
+	case <-connected:
+		t.Error("the server has had a client")
+	default:
+	}
+	e.listeners[0].Close()
+	if e, err = listenUnix(path, "", quiet); err != nil {
+		t.Fatal(err)
+	}
+	e.listeners[0].Close()
+	os.Remove(path)
+	if err := os.WriteFile(path, []byte("precious"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := listenUnix(path, "", quiet); err == nil {
+		t.Error("a file was replaced")
+	}
+	if b, err := os.ReadFile(path); string(b) != "precious" {
+		t.Errorf("got %q, %v", b, err)
 	}
 }

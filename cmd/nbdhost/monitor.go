@@ -19,6 +19,9 @@ func startMonitor(o *options, chain *backend.Chain, log *slog.Logger) (*monitor.
 	if o.metrics == nil {
 		return nil, nil
 	}
+	if path := o.metrics.Socket(); path != "" {
+		removeDead(path, log)
+	}
 	l, err := monitor.Listen(*o.metrics)
 	if err != nil {
 		return nil, err

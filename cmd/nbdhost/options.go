@@ -512,6 +512,9 @@ func (o *options) settle() error {
 			return fmt.Errorf("option --port: got %q: need a number from 0 to 65535 or the name of a service", o.port)
 		}
 	}
+	if len(o.checkOnly) > 0 || o.checkWrites {
+		return errors.New("got --check-only or --check-writes without --check: these are about checks; add --check, or leave them out")
+	}
 	if o.healthRead > 0 && o.metrics == nil {
 		return errors.New("got --health-read without --metrics: need the address at which /readyz is asked for")
 	}

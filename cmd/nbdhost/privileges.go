@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/user"
 	"strconv"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -126,9 +127,21 @@ func lockMemory(who identity, log *slog.Logger) error {
 	case err != nil:
 		return fmt.Errorf("lock memory: %w: need the right to lock memory (CAP_IPC_LOCK)", err)
 	case limit.Cur != unix.RLIM_INFINITY && (who.uid > 0 || !mayLockMemory()):
+		if n := lockedMemory(); n > limit.Cur>>10 {
+			return fmt.Errorf("lock memory: got a limit of %d KiB (ulimit -l), and the user of --user would have %d KiB locked: "+
+				"need no limit, or no --user", limit.Cur>>10, n)
+		}
 		log.Warn(fmt.Sprintf("lock memory: got a limit of %d KiB (ulimit -l): the server ends when it needs more; need no limit", limit.Cur>>10))
 	}
 	return nil
+}
+
+// lockedMemory is how much the process has locked, in KiB; 0 if that is not known.
+func lockedMemory() (n uint64) {
+	text, _ := os.ReadFile("/proc/self/status")
+	_, rest, _ := strings.Cut(string(text), "\nVmLck:")
+	fmt.Sscan(rest, &n)
+	return n
 }
 
 // mayLockMemory tells whether the limit of locked memory does not matter.
