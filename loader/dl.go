@@ -85,11 +85,14 @@ func checkELF(path string) error {
 		return fmt.Errorf("%w: got a %s, need a file", ErrNotELF, fileType(st.Mode()))
 	}
 	var magic [4]byte
-	if n, _ := io.ReadFull(f, magic[:]); n < len(magic) || string(magic[:]) != elf.ELFMAG {
+	if n, _ := io.ReadFull(f, magic[:]); n == 0 {
+		return fmt.Errorf("%w: the file is empty: install it again", ErrNotELF)
+	} else if string(magic[:]) != elf.ELFMAG {
 		if string(magic[:2]) == "#!" {
 			return fmt.Errorf("%w: got a script: need a .so file, or the name of the script's language before the script (for example: nbdhost python %s)", ErrNotELF, path)
 		}
-		return fmt.Errorf("%w: the file begins with %q, need %q: give the path of a .so file", ErrNotELF, magic[:n], elf.ELFMAG)
+		return fmt.Errorf("%w: the file begins with %q, need %q: give the name or the path of a plugin first; to serve a file: nbdhost file %s",
+			ErrNotELF, magic[:n], elf.ELFMAG, path)
 	}
 	e, err := elf.NewFile(f)
 	if err != nil {

@@ -49,14 +49,24 @@ type Found struct {
 //
 // The error is an [*Error] over [ErrNotFound] or what the system said.
 func Find(kind Kind, name string, dirs ...string) (Found, error) {
-	if strings.ContainsAny(name, "/.") {
-		return Found{Path: name}, nil
-	}
 	fail := func(format string, args ...any) (Found, error) {
 		return Found{}, &Error{Op: "find " + kind.String(), Path: name, Err: fmt.Errorf(format, args...)}
 	}
-	if name == "" {
+	switch _, err := os.Stat(name); {
+	case name == "":
 		return fail("%w: got an empty name: need the name or the path of a %v", ErrNotFound, kind)
+	case !notThere(err):
+	case strings.Contains(name, "://"):
+		return fail("%w: got a URL: need the name of a plugin before it (nbdhost curl %s)", ErrNotFound, name)
+	case kind == PluginKind && strings.HasPrefix(name, "@"):
+		return fail("%w: a file of arguments has a / in its name (@./%s)", ErrNotFound, name[1:])
+	case kind == PluginKind && strings.Contains(name, "="):
+		return fail("%w: got a parameter: need the name of a plugin before it", ErrNotFound)
+	case kind == FilterKind && strings.Contains(name, ","):
+		return fail("%w: give --filter once for each of them", ErrNotFound)
+	}
+	if strings.ContainsAny(name, "/.") {
+		return Found{Path: name}, nil
 	}
 	path := searchPath(kind, dirs)
 	for _, dir := range path {
@@ -82,10 +92,15 @@ func Find(kind Kind, name string, dirs ...string) (Found, error) {
 		found.Script = base
 		return found, err
 	}
-	looked := slices.DeleteFunc(slices.Clone(path), func(dir string) bool {
-		_, err := os.Stat(dir)
-		return err != nil
-	})
+	usual := searchPath(kind, nil)
+	var looked []string
+	for _, dir := range path {
+		if _, err := os.Stat(dir); err == nil {
+			looked = append(looked, dir)
+		} else if !slices.Contains(usual, dir) { // somebody means this one
+			looked = append(looked, fmt.Sprintf("%s (%v)", dir, errors.Unwrap(err)))
+		}
+	}
 	if len(looked) == 0 {
 		looked = path
 	}
@@ -205,7 +220,11 @@ func advise(kind Kind, name string, path []string) string {
 	if len(names) == 0 {
 		return fmt.Sprintf("no %v is there: install the nbdkit package of your distribution, give the directory with --%v-path, or give the path of a .so file", kind, kind)
 	}
-	return fmt.Sprintf("install the package that has it, give its directory with --%v-path, or give the path of a .so file", kind)
+	perhaps := ""
+	if kind == PluginKind {
+		perhaps = " (perhaps nbdkit-plugin-" + name + ")"
+	}
+	return fmt.Sprintf("install the package that has it%s, give its directory with --%v-path, or give the path of a .so file", perhaps, kind)
 }
 
 // Nearest returns those of names that a slip of the keyboard may have meant, at

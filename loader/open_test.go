@@ -33,7 +33,7 @@ func TestOpenRefuses(t *testing.T) {
 		{"no file", func(t *testing.T) string { return "/does/not/exist.so" }, ErrNotFound, "need a file that exists"},
 		{"directory", (*testing.T).TempDir, ErrNotELF, "got a directory"},
 		{"device", func(*testing.T) string { return "/dev/null" }, ErrNotELF, "got a device"},
-		{"empty file", file(""), ErrNotELF, `begins with ""`},
+		{"empty file", file(""), ErrNotELF, "is empty"},
 		{"text", file("root:x:0:0"), ErrNotELF, `begins with "root"`},
 		{"script", file("#!/bin/sh\n"), ErrNotELF, "got a script"},
 		{"truncated ELF file", file("\x7fELF\x02\x01\x01"), ErrNotELF, ""},

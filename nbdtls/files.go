@@ -71,6 +71,15 @@ func readPair(dir, cert, key string) (p pair, err error) {
 	return p, err
 }
 
+// unusable is why TLS cannot have the pair.
+func (p *pair) unusable(err error) error {
+	need := "need a certificate and the key it was made for, both in PEM"
+	if bytes.Contains(p.key, []byte("ENCRYPTED")) {
+		need = "the key is encrypted: need one without a passphrase"
+	}
+	return fmt.Errorf("read %s and %s: %w: %s", p.certPath, p.keyPath, err, need)
+}
+
 // additional returns the names of pair n beside the first.
 func additional(n int) (cert, key string) {
 	return fmt.Sprintf("server-cert-%d.pem", n), fmt.Sprintf("server-key-%d.pem", n)
@@ -86,6 +95,9 @@ type identity struct {
 // verified, which needs the authority.
 func readIdentity(dir string, verify bool) (*identity, error) {
 	first, err := readPair(dir, serverCert, serverKey)
+	if errors.Is(err, syscall.ENOTDIR) {
+		return nil, fmt.Errorf("%w: need the directory that has %s and %s", err, serverCert, serverKey)
+	}
 	if err != nil {
 		return nil, err
 	}

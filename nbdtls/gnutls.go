@@ -263,7 +263,7 @@ func newCertificateCredentials(id *identity, config Config) (shaker, error) {
 	for _, p := range id.pairs {
 		code := g.certificate_set_x509_key_mem(c.handle, pin(&pinner, p.cert), pin(&pinner, p.key), gnutlsPEM)
 		if err := g.errorOf(code); err != nil {
-			return nil, fmt.Errorf("read %s and %s: %w: need a certificate and the key it was made for, both in PEM", p.certPath, p.keyPath, err)
+			return nil, p.unusable(err)
 		}
 	}
 	for _, f := range []struct {

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 )
 
@@ -55,7 +56,7 @@ func FindCertificates() (string, error) {
 			return dir, nil
 		}
 	}
-	return "", fmt.Errorf("find %s in %q: %w", serverCert, dirs, ErrNoCertificates)
+	return "", fmt.Errorf("find %s in %s: %w", serverCert, strings.Join(dirs, ", "), ErrNoCertificates)
 }
 
 // A Server does the server's side of handshakes.

@@ -189,7 +189,7 @@ func (s *x509Source) standard(id *identity) (shaker, error) {
 	for _, p := range id.pairs {
 		cert, err := tls.X509KeyPair(p.cert, p.key)
 		if err != nil {
-			return nil, fmt.Errorf("read %s and %s: %w: need a certificate and the key it was made for, both in PEM", p.certPath, p.keyPath, err)
+			return nil, p.unusable(err)
 		}
 		config.Certificates = append(config.Certificates, cert)
 	}

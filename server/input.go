@@ -128,7 +128,7 @@ func (in *input) more(n int) error {
 		case err == io.EOF || err == nil && got == 0:
 			return io.EOF
 		case err != nil:
-			return os.NewSyscallError("receive", err)
+			return os.NewSyscallError("recv", err)
 		default:
 			in.end += got
 			return nil

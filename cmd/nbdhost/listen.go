@@ -238,6 +238,7 @@ func bindTCP(addrs []netip.Addr, port int, keepalive bool, log *slog.Logger) (li
 	free := port == 0
 	// With the kernel's times, which the administrator may set.
 	config := net.ListenConfig{KeepAlive: -1, KeepAliveConfig: net.KeepAliveConfig{Enable: keepalive, Idle: -1, Interval: -1, Count: -1}}
+	var warnings []string
 	for i, a := range addrs {
 		network := "tcp4"
 		if a.Is6() {
@@ -249,7 +250,7 @@ func bindTCP(addrs []netip.Addr, port int, keepalive bool, log *slog.Logger) (li
 			inUse := errors.Is(err, syscall.EADDRINUSE) && !free
 			if (absent || inUse) && (len(list) > 0 || i < len(addrs)-1) {
 				if inUse {
-					log.Warn(fmt.Sprintf("bind to %s: %v: serving on the other addresses only",
+					warnings = append(warnings, fmt.Sprintf("bind to %s: %v: serving on the other addresses only",
 						net.JoinHostPort(a.String(), strconv.Itoa(port)), cause(err)))
 				}
 				continue
@@ -271,6 +272,9 @@ func bindTCP(addrs []netip.Addr, port int, keepalive bool, log *slog.Logger) (li
 		}
 		list = append(list, l)
 		port = l.Addr().(*net.TCPAddr).Port // where it was 0, the next take the same
+	}
+	for _, w := range warnings {
+		log.Warn(w)
 	}
 	return list, nil
 }

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -170,6 +171,12 @@ var optionTable = []option{
 		func(o *options, v string) error {
 			if v == "" {
 				return errors.New("got an empty text: need an address or a host name")
+			}
+			if host, port, err := net.SplitHostPort(v); err == nil && port != "" {
+				return fmt.Errorf("got %q: need an address without a port (--ipaddr=%s --port=%s)", v, host, port)
+			}
+			if strings.Contains(v, "=") { // what follows -fi, as in -filter=xz
+				return fmt.Errorf("got %q: need an address or a host name; long options begin with two dashes", v)
 			}
 			o.address = v
 			return nil
@@ -451,6 +458,9 @@ func parse(args []string) (*options, error) {
 			if err != nil {
 				return nil, err
 			}
+			if i := slices.IndexFunc(lines, severalWords.MatchString); i >= 0 {
+				return nil, fmt.Errorf("%s: got the line %q: need one argument on each line, and = between a long option and its value", args[0][1:], lines[i])
+			}
 			args = append(lines, args[1:]...)
 		case len(args) > 0:
 			o.args, args = append(o.args, args[0]), args[1:]
@@ -458,6 +468,9 @@ func parse(args []string) (*options, error) {
 	}
 	return o, nil
 }
+
+// severalWords matches a line with an option and more that a shell would take for another word.
+var severalWords = regexp.MustCompile(`^--?[a-zA-Z0-9-]+[ \t]`)
 
 // searchPath returns where to look for modules first.
 func (o *options) searchPath(kind loader.Kind) []string {
@@ -585,7 +598,7 @@ func fullName(name string) string {
 		}
 	}
 	if matches := startingWith(name); len(matches) == 1 {
-		return matches[0]
+		return fullName(matches[0])
 	}
 	return name
 }
@@ -600,17 +613,18 @@ var ownOptions = []string{
 	"supervise",
 }
 
-// startingWith returns the first names of the options that have a name which
-// begins with prefix: nbdkit's, if there are any.
+// startingWith returns the names of options that begin with prefix, one of each: nbdkit's,
+// if there are any.
 func startingWith(prefix string) []string {
 	var theirs, own []string
 	for _, opt := range optionTable {
+		i := slices.IndexFunc(opt.names, func(n string) bool { return strings.HasPrefix(n, prefix) })
 		switch {
-		case !slices.ContainsFunc(opt.names, func(n string) bool { return strings.HasPrefix(n, prefix) }):
+		case i < 0:
 		case slices.Contains(ownOptions, opt.names[0]):
-			own = append(own, opt.names[0])
+			own = append(own, opt.names[i])
 		default:
-			theirs = append(theirs, opt.names[0])
+			theirs = append(theirs, opt.names[i])
 		}
 	}
 	if len(theirs) > 0 {

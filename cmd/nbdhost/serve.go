@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
@@ -94,7 +95,7 @@ func serve(o *options, start *starter, stdout io.Writer, out *logHandler) (int, 
 
 	found, err := loader.Find(loader.PluginKind, o.args[0], o.pluginPath...)
 	if err != nil {
-		return 1, err
+		return 1, o.swallowed(err)
 	}
 	log.Debug("registering plugin " + found.Path)
 	plugin, err := loader.Open(found.Path)
@@ -131,6 +132,18 @@ func serve(o *options, start *starter, stdout io.Writer, out *logHandler) (int, 
 		chain.Unload()
 	}
 	return command.finish(code), err
+}
+
+// swallowed adds to err, that there is no such plugin, which option has taken one's name for its
+// value.
+func (o *options) swallowed(err error) error {
+	installed := loader.Installed(loader.PluginKind, o.pluginPath...)
+	for _, v := range []struct{ option, value string }{{"--unix", o.unix}, {"--pidfile", o.pidfile}, {"--run", o.command}} {
+		if slices.Contains(installed, filepath.Base(v.value)) { // the path is absolute by now
+			return fmt.Errorf("%w; %s was taken for the value of %s", err, filepath.Base(v.value), v.option)
+		}
+	}
+	return err
 }
 
 // openFilters opens the filters, the one next to the plugin first, and returns them
