@@ -3,7 +3,7 @@
 #     docker build -t nbdhost .
 #     docker run --rm -p 10809:10809 --read-only --cap-drop=ALL nbdhost memory 1G
 #
-# docs/operations.md says more.
+# docs/deployment.md says more.
 
 FROM golang:1.26-bookworm AS build
 ARG GOPROXY

@@ -12,26 +12,26 @@ const summary = "Nbdhost serves what an nbdkit plugin provides to clients of the
 const aboutArguments = `PLUGIN is a short name, such as file, or the path of a .so file. Parameters are
 the plugin's; a VALUE without a KEY belongs to the key that the plugin prefers.
 @FILE (with a / in it) reads parameters from a file, one on each line; before
-PLUGIN it reads options, too. Options and parameters may be mixed. What is in the
-environment variable NBDHOST_ARGS comes before them.`
+PLUGIN it reads options, too. Options and parameters may be mixed. What is in
+the environment variable NBDHOST_ARGS comes before them.`
 
 var examples = []struct{ command, what string }{
 	{"nbdhost file disk.img", "serve a file on port 10809"},
 	{"nbdhost -f -v -U /tmp/sock memory 1G", "a RAM disk, with debug messages"},
 	{`nbdhost -r file disk.img --run 'nbdcopy "$uri" copy.img'`, "serve while a command runs"},
 	{"nbdhost --exit-with-parent -U - --print-uri memory 1G", "for a program that starts it"},
-	{"nbdhost @/etc/nbdhost/disk.args", "arguments from a file, one on each line"},
+	{"nbdhost @/etc/nbdhost/disk.args", "arguments from a file"},
 	{"NBDHOST_ARGS='-r file disk.img' nbdhost", "arguments from the environment"},
 	{"nbdhost file --help", "what parameters does a plugin have?"},
-	{"nbdhost --supervise --log-format=json file disk.img", "a service that outlives crashes of the plugin"},
+	{"nbdhost --supervise --log-format=json file disk.img", "outlives crashes of the plugin"},
 	{"nbdhost --list", "what plugins are there?"},
 }
 
-const exitStatus0 = "0 after an orderly end, 1 after an error, with --run that of COMMAND."
+const exitStatus0 = "0 after an orderly end, 1 after an error; --run: COMMAND's."
 
 // usage returns the text of --help.
 func usage() string {
-	const column = 29 // where descriptions begin
+	const column, width = 29, 80 // where descriptions begin, and lines end
 	var b strings.Builder
 	fmt.Fprintf(&b, `Usage: nbdhost [OPTIONS] [@FILE] PLUGIN [[KEY=]VALUE | @FILE]...
        nbdhost PLUGIN --help | --version | --dump-plugin
@@ -59,7 +59,7 @@ func usage() string {
 				fmt.Fprintf(&b, "%s\n", left)
 				left = ""
 			}
-			for line := range strings.SplitSeq(opt.help, "\n") {
+			for _, line := range wrap(opt.help, width-column) {
 				fmt.Fprintf(&b, "%-*s%s\n", column, left, line)
 				left = ""
 			}
@@ -77,6 +77,22 @@ func usage() string {
 	}
 	fmt.Fprintf(&b, "\nExit status: %s\nThe manual page has more: nbdhost --man | man -l -\n", exitStatus0)
 	return b.String()
+}
+
+// wrap breaks a text into lines of at most n bytes, if its words allow that.
+func wrap(text string, n int) (lines []string) {
+	line := ""
+	for _, word := range strings.Fields(text) {
+		switch {
+		case line == "":
+			line = word
+		case len(line)+1+len(word) > n:
+			lines, line = append(lines, line), word
+		default:
+			line += " " + word
+		}
+	}
+	return append(lines, line)
 }
 
 // optionNames lists the long or the short options, one on each line.

@@ -60,7 +60,7 @@ func manualPage() string {
 		code(e.command)
 	}
 	section("SEE ALSO")
-	b.WriteString(".BR nbdkit (1),\n.BR nbdkit\\-plugin (3),\n.BR nbdinfo (1),\n.BR nbdcopy (1),\n.BR nbd\\-client (8),\n.BR qemu\\-img (1)\n")
+	b.WriteString(".BR nbdkit (1),\n.BR nbdkit\\-plugin (3),\n.BR nbdkit\\-tls (1),\n.BR nbdkit\\-service (1),\n.BR nbdkit\\-captive (1),\n.BR nbdkit\\-probing (1),\n.BR nbdinfo (1),\n.BR nbdcopy (1),\n.BR nbd\\-client (8),\n.BR qemu\\-img (1)\n")
 	return b.String()
 }
 
@@ -77,11 +77,11 @@ func roffOption(opt *option) string {
 	for _, n := range opt.names {
 		name := `\fB` + roff("--"+n) + `\fR`
 		if opt.arg != "" {
-			name += `=\fI` + roff(opt.arg) + `\fR`
+			name += strings.Replace(`=\fI`+roff(opt.arg)+`\fR`, `=\fI[`, `[=\fI`, 1) // the value may be left out
 		}
 		names = append(names, name)
 	}
-	help := strings.ReplaceAll(opt.help, "\n", " ")
+	help := opt.help
 	entry := ".TP\n" + strings.Join(names, ", ") + "\n" + roff(strings.ToUpper(help[:1])+help[1:]) + ".\n"
 	if more := manualOptions[opt.names[0]]; more != "" {
 		entry += roff(more) + "\n"
@@ -102,7 +102,7 @@ func roff(text string) string {
 }
 
 // manualDate is when the texts below were written.
-const manualDate = "2026-11-21"
+const manualDate = "2026-11-23"
 
 const manualDescription = `Plugins are the shared libraries that distributions ship for nbdkit(1), unmodified.
 A script may also be run itself, where its first line is "#!/usr/bin/nbdhost LANGUAGE" and
@@ -118,7 +118,7 @@ connect and the process ID is written, and with an error otherwise.`
 // manualOptions is what the manual page says about an option beyond its help, by
 // the option's first name.
 var manualOptions = map[string]string{
-	"unix":                        "The socket file is not removed at the end, but for a private one.",
+	"unix":                        "The socket file is not removed at the end, but for a private one. One that no process has any more is replaced.",
 	"port":                        "The URI of --print-uri and of --run has the port that was taken.",
 	"ipaddr":                      "Of a name with several addresses all are listened on.",
 	"keepalive":                   "When clients are given up is the kernel's setting; see tcp(7).",
@@ -162,6 +162,7 @@ var manualOptions = map[string]string{
 	"dump-config":                 "The keys are those of nbdkit-probing(1), with nbdhost_version and nbdkit_version.",
 	"list":                        "Each is loaded in a process of its own: one that cannot be used does no harm.",
 	"completion":                  "Each script says where it belongs. Plugins, filters and their parameters are completed, too.",
+	"print-uri":                   "That is the first line. The others say how to use it in a shell.",
 	"exit-with-parent":            "If the parent has ended already, the server does not start.",
 }
 
@@ -179,6 +180,13 @@ in no environment.
 
 Where a plugin wants a password, the value may be the password itself; - asks for it on
 the terminal; +FILE reads the first line of a file; and -FD that of a descriptor from 3 on.`},
+	{"TLS", `Without --tls clients may use TLS if there are keys, and need not. Keys are pre-shared ones
+(--tls-psk=FILE; psktool(1) makes such files), or the files server-cert.pem and server-key.pem
+in the directory of --tls-certificates, by default /etc/pki/nbdkit for the superuser, and
+~/.pki/nbdkit and ~/.config/pki/nbdkit for others. With --tls-verify-peer clients need a
+certificate of an authority in ca-cert.pem that is not revoked by ca-crl.pem, if that is
+there. More pairs may be in server-cert-0.pem and server-key-0.pem, and so on. The files are
+looked at in each handshake: new ones count at once. nbdkit-tls(1) shows how to make them.`},
 	{"SOCKET ACTIVATION", `Where LISTEN_PID and LISTEN_FDS are in the environment, as systemd(1) and libnbd have it,
 the server takes over the sockets from descriptor 3 on, and stays in the foreground.
 The options -i, -p, -s, -U, --run and --vsock are errors then.`},
@@ -201,5 +209,7 @@ distribution. GOMAXPROCS bounds the processors that are used.`},
 With --log=stderr a server in the background keeps standard error. Flush, FUA, trim, zero and cache
 requests of an oldstyle client are carried out. --user without --group gives up the groups of the
 superuser. Mistakes in values are found before the plugin is loaded. Idle clients do not hold
-up the end, and --drain-timeout bounds it. Names and options that nearly fit are suggested.`},
+up the end, and --drain-timeout bounds it. Names and options that nearly fit are suggested.
+A dead socket in the place of --unix is replaced. A command of --run that SIGTERM ends ends the
+server with status 143. The server does not fork, so that the log filter has no line for it.`},
 }

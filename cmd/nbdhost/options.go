@@ -206,13 +206,13 @@ var optionTable = []option{
 		func(o *options, v string) error { o.filters = append(o.filters, v); return nil }},
 	{groupServe, []string{"filter-path"}, "", "DIR[:DIR...]", "look for filters here first",
 		func(o *options, v string) error { o.filterPath = append(o.filterPath, v); return nil }},
-	{groupServe, []string{"filter-any-release"}, "", "", "try filters of nbdkit releases later than any known, at your\nown risk: they may crash the server or damage data", flag(func(o *options) *bool { return &o.filterAnyRelease })},
+	{groupServe, []string{"filter-any-release"}, "", "", "try filters of nbdkit releases later than any known, at your own risk: they may crash the server or damage data", flag(func(o *options) *bool { return &o.filterAnyRelease })},
 	{groupServe, []string{"plugin-path"}, "", "DIR[:DIR...]", "look for plugins here first",
 		func(o *options, v string) error { o.pluginPath = append(o.pluginPath, v); return nil }},
 	{groupServe, []string{"no-sr", "no-structured-replies"}, "", "", "do not offer structured replies", flag(func(o *options) *bool { return &o.noSR })},
 	{groupServe, []string{"no-eh", "no-extended-headers"}, "", "", "do not offer extended headers", flag(func(o *options) *bool { return &o.noEH })},
 	{groupServe, []string{"no-mc", "no-meta-contexts"}, "", "", "do not offer meta contexts (block status)", flag(func(o *options) *bool { return &o.noMC })},
-	{groupServe, []string{"sparse-reads"}, "", "WHEN", "answer reads with holes: auto (default; where zeroes were\nread), always (by the extents) or never",
+	{groupServe, []string{"sparse-reads"}, "", "WHEN", "answer reads with holes: auto (default; where zeroes were read), always (by the extents) or never",
 		func(o *options, v string) error {
 			when, ok := map[string]server.SparseReads{"auto": server.SparseAuto, "always": server.SparseAlways, "never": server.SparseNever}[v]
 			if !ok {
@@ -221,7 +221,7 @@ var optionTable = []option{
 			o.sparseReads = when
 			return nil
 		}},
-	{groupServe, []string{"strict-block-size"}, "", "", "refuse requests that break the block sizes that a client\nwas told; without it they go to the plugin", flag(func(o *options) *bool { return &o.strictBlockSize })},
+	{groupServe, []string{"strict-block-size"}, "", "", "refuse requests that break the block sizes that a client was told; without it they go to the plugin", flag(func(o *options) *bool { return &o.strictBlockSize })},
 	{groupServe, []string{"mask-handshake"}, "", "MASK", "offer only these global handshake flags",
 		func(o *options, v string) error {
 			n, err := strconv.ParseUint(v, 0, 32)
@@ -253,10 +253,10 @@ var optionTable = []option{
 			}
 			return err
 		}},
-	{groupLimits, []string{"bandwidth"}, "", "RATE", "bits a second, such as 100M, for reads of an export, and as many\nfor writes",
+	{groupLimits, []string{"bandwidth"}, "", "RATE", "bits a second, such as 100M, for reads of an export, and as many for writes",
 		size(func(o *options) *int64 { return &o.limits.Bandwidth })},
 
-	{groupTLS, []string{"tls"}, "", "MODE", "off, on (clients may use TLS) or require (they must)",
+	{groupTLS, []string{"tls"}, "", "MODE", "whether clients may use TLS: off, on, or require (they must)",
 		func(o *options, v string) (err error) { o.tls.mode, err = parseTLSMode(v); return err }},
 	{groupTLS, []string{"tls-certificates"}, "", "DIR", "take certificates and keys from this directory",
 		func(o *options, v string) (err error) { o.tls.certificates, err = absolute(v); return err }},
@@ -270,13 +270,13 @@ var optionTable = []option{
 		func(o *options, v string) (err error) { o.pidfile, err = absolute(v); return err }},
 	{groupProcess, []string{"exit-with-parent"}, "", "", "stop when the parent process ends; implies -f",
 		func(o *options, _ string) error { o.exitWithParent, o.foreground = true, true; return nil }},
-	{groupProcess, []string{"run"}, "", "COMMAND", "serve while COMMAND runs in a shell, with $uri $unixsocket $port\n$exportname set; implies -f, and -U - unless -p or --vsock is given",
+	{groupProcess, []string{"run"}, "", "COMMAND", "serve while COMMAND runs in a shell, with $uri $unixsocket $port $exportname set; implies -f, and -U - unless -p or --vsock is given",
 		func(o *options, v string) error { o.captive, o.command, o.foreground = true, v, true; return nil }},
 	{groupProcess, []string{"user"}, "u", "USER", "go on as USER once the sockets are bound", some(func(o *options) *string { return &o.user }, "the name or number of a user")},
 	{groupProcess, []string{"group"}, "g", "GROUP", "go on in GROUP only once the sockets are bound", some(func(o *options) *string { return &o.group }, "the name or number of a group")},
 	{groupProcess, []string{"swap"}, "", "", "lock all memory: the export is swap space of this machine", flag(func(o *options) *bool { return &o.swap })},
 
-	{groupProcess, []string{"supervise"}, "", "", "run the server as a child and start it again when a plugin\ncrashes; clients that connect meanwhile wait", flag(func(o *options) *bool { return &o.supervise })},
+	{groupProcess, []string{"supervise"}, "", "", "run the server as a child and start it again when a plugin crashes; clients that connect meanwhile wait", flag(func(o *options) *bool { return &o.supervise })},
 
 	{groupOutput, []string{"verbose"}, "v", "", "write debug messages to standard error", flag(func(o *options) *bool { return &o.verbose })},
 	{groupOutput, []string{"debug"}, "D", "NAME.FLAG=N", "set a debug flag of the plugin, or of the server (NAME nbdkit)",
@@ -286,7 +286,7 @@ var optionTable = []option{
 			o.debug = append(o.debug, f)
 			return err
 		}},
-	{groupOutput, []string{"log"}, "", "WHERE", "where errors and warnings go: stderr, syslog, null, /path,\nor default (stderr in the foreground, else syslog)",
+	{groupOutput, []string{"log"}, "", "WHERE", "where errors and warnings go: stderr, syslog, null, /path, or default (stderr in the foreground, else syslog)",
 		func(o *options, v string) error {
 			if v != logDefault && v != logStderr && v != logSyslog && v != logNull && !filepath.IsAbs(v) {
 				return fmt.Errorf("got %q: need stderr, syslog, null, default or an absolute path", v)
@@ -294,7 +294,7 @@ var optionTable = []option{
 			o.log = v
 			return nil
 		}},
-	{groupOutput, []string{"log-format"}, "", "FORMAT", "text (nbdkit's, the default) or json: an object on each line",
+	{groupOutput, []string{"log-format"}, "", "FORMAT", "how messages look: text (nbdkit's, the default) or json: an object on each line",
 		func(o *options, v string) error {
 			if v != logText && v != logJSON {
 				return fmt.Errorf("got %q: need text or json", v)
@@ -302,7 +302,7 @@ var optionTable = []option{
 			o.logFormat = v
 			return nil
 		}},
-	{groupOutput, []string{"slow-ms"}, "", "N", "warn of each call into the plugin that takes more than N\nmilliseconds, at most ten times a second",
+	{groupOutput, []string{"slow-ms"}, "", "N", "warn of each call into the plugin that takes more than N milliseconds, at most ten times a second",
 		func(o *options, v string) error {
 			n, err := strconv.ParseUint(v, 0, 31)
 			if err != nil || n == 0 {
@@ -314,13 +314,13 @@ var optionTable = []option{
 	{groupOutput, []string{"name"}, "", "NAME", "start messages with nbdkit[NAME]", text(func(o *options) *string { return &o.name })},
 	{groupOutput, []string{"print-uri", "print-url", "show-uri", "show-url"}, "", "", "write the URI to standard output", flag(func(o *options) *bool { return &o.printURI })},
 
-	{groupMonitor, []string{"metrics"}, "", "ADDRESS", "show metrics and health over HTTP at [HOST]:PORT (on this\nmachine only without HOST) or unix:PATH",
+	{groupMonitor, []string{"metrics"}, "", "ADDRESS", "show metrics and health over HTTP at [HOST]:PORT (on this machine only without HOST) or unix:PATH",
 		address(func(o *options) **monitor.Address { return &o.metrics })},
 	{groupMonitor, []string{"health-read"}, "", "[TIME]", "let /readyz read through the plugin, which may take TIME (5s)", healthRead},
-	{groupMonitor, []string{"healthcheck"}, "", "ADDRESS", "ask the server with --metrics=ADDRESS if it is ready; exit with\n0 or 1",
+	{groupMonitor, []string{"healthcheck"}, "", "ADDRESS", "ask the server with --metrics=ADDRESS if it is ready; exit with 0 or 1",
 		address(func(o *options) **monitor.Address { return &o.healthcheck })},
 
-	{groupInfo, []string{"check"}, "", "[FORMAT]", "check that the plugin keeps its promises, and report as text,\ntap or json", checkFormat},
+	{groupInfo, []string{"check"}, "", "[FORMAT]", "check that the plugin keeps its promises, and report as text, tap or json", checkFormat},
 	{groupInfo, []string{"check-only"}, "", "NAME,...", "run only these checks, or groups of them",
 		func(o *options, v string) error {
 			o.checkOnly = append(o.checkOnly, strings.Split(v, ",")...)
@@ -332,7 +332,7 @@ var optionTable = []option{
 	{groupInfo, []string{"version"}, "V", "", "show the version, and the plugin's if one is given, and exit", flag(func(o *options) *bool { return &o.version })},
 	{groupInfo, []string{"dump-config"}, "", "", "describe the program as KEY=VALUE lines and exit", atOnce(func(o *options) *bool { return &o.dumpConfig })},
 	{groupInfo, []string{"list"}, "", "", "show the plugins and filters that are installed and exit", flag(func(o *options) *bool { return &o.list })},
-	{groupInfo, []string{"completion"}, "", "SHELL", "write a script that completes command lines in bash, zsh or\nfish, and exit",
+	{groupInfo, []string{"completion"}, "", "SHELL", "write a script that completes command lines in bash, zsh or fish, and exit",
 		func(o *options, v string) error {
 			if _, ok := completionScripts[v]; !ok {
 				return fmt.Errorf("got %q: need bash, zsh or fish", v)
