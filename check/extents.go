@@ -67,7 +67,7 @@ func (s *Subject) withMap(f func(*conn, []extent) error) error {
 func (s *Subject) extentsMap() error {
 	return s.with(func(c *conn) error {
 		list, err := c.mapped()
-		s.notef("%d extents", len(list))
+		s.notef("%s", several(len(list), "extent"))
 		return err
 	})
 }
@@ -109,7 +109,7 @@ func (s *Subject) extentsZero() error {
 				return err
 			}
 		}
-		s.notef("%d extents that are called zero looked at", looked)
+		s.notef("%s called zero looked at", several(looked, "extent"))
 		return nil
 	})
 }

@@ -211,7 +211,11 @@ func (s *Subject) open() error {
 			return err
 		}
 		b, err := session.BlockSize(c)
-		s.notef("%d bytes; block size %d, %d, %d; %s", caps.Size, b.Min, b.Preferred, b.Max, describe(caps))
+		blocks := "no block size"
+		if b.Min > 0 {
+			blocks = fmt.Sprintf("block size %d, %d, %d", b.Min, b.Preferred, b.Max)
+		}
+		s.notef("%d bytes; %s; %s", caps.Size, blocks, describe(caps))
 		return err
 	})
 	return s.broken
@@ -279,7 +283,7 @@ func (s *Subject) exports() error {
 	if err != nil {
 		return fmt.Errorf("list exports: %w", err)
 	}
-	s.notef("%d exports", len(list))
+	s.notef("%s", several(len(list), "export"))
 	for _, e := range list[:min(len(list), maxExports)] {
 		err := s.session(e.Name, func(c *backend.Call, session *backend.Session) error {
 			_, err := session.Caps(c)

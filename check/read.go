@@ -134,7 +134,7 @@ func (s *Subject) readRange() error {
 				failed = append(failed, err)
 			}
 		}
-		s.notef("%d ranges of %d bytes looked at", len(spans), spanSize)
+		s.notef("%s of %d bytes looked at", several(len(spans), "range"), spanSize)
 		if len(failed) > 0 {
 			return fmt.Errorf("%d of %d reads failed, first %w", len(failed), len(spans), failed[0])
 		}

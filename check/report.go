@@ -102,7 +102,7 @@ func oneLine(s string) string {
 }
 
 func (t *text) Close() error {
-	t.printf("%d checks: %d hold, %d fail, %d skipped\n", t.done, t.done-t.failed-t.skipped, t.failed, t.skipped)
+	t.printf("%s: %d hold, %d fail, %d skipped\n", several(t.done, "check"), t.done-t.failed-t.skipped, t.failed, t.skipped)
 	return t.err
 }
 
@@ -168,4 +168,12 @@ func (j *jsonReport) Close() error {
 	}
 	j.printf("%s\n", b)
 	return j.err
+}
+
+// several is "1 thing" or "2 things".
+func several(n int, thing string) string {
+	if n == 1 {
+		return "1 " + thing
+	}
+	return fmt.Sprintf("%d %ss", n, thing)
 }
