@@ -1,4 +1,4 @@
-// Package abi mirrors the C structs and constants through which nbdkit modules
+// Package abi mirrors the C structs through which nbdkit modules
 // and the server meet: struct nbdkit_plugin and struct nbdkit_filter, and what
 // their callbacks take and return (nbdkit-plugin(3), API versions 1 and 2;
 // nbdkit-filter(3), of the releases that [CopyFilter] knows).

@@ -10,6 +10,8 @@ import (
 	"reflect"
 	"strings"
 	"testing"
+
+	"nbdhost/backend"
 )
 
 // includeDirs returns the directories with nbdkit headers: the installed ones,
@@ -121,20 +123,21 @@ func TestPluginLayout(t *testing.T) {
 	}
 }
 
+// The numbers that backends go by are those of modules.
 var constants = map[string]int{
-	"THREAD_MODEL_SERIALIZE_CONNECTIONS":  int(SerializeConnections),
-	"THREAD_MODEL_SERIALIZE_ALL_REQUESTS": int(SerializeAllRequests),
-	"THREAD_MODEL_SERIALIZE_REQUESTS":     int(SerializeRequests),
-	"THREAD_MODEL_PARALLEL":               int(Parallel),
-	"FLAG_MAY_TRIM":                       int(FlagMayTrim), "FLAG_FUA": int(FlagFUA),
-	"FLAG_REQ_ONE": int(FlagReqOne), "FLAG_FAST_ZERO": int(FlagFastZero),
-	"FUA_NONE": int(FUANone), "FUA_EMULATE": int(FUAEmulate), "FUA_NATIVE": int(FUANative),
-	"CACHE_NONE": int(CacheNone), "CACHE_EMULATE": int(CacheEmulate), "CACHE_NATIVE": int(CacheNative),
-	"EXTENT_HOLE": int(ExtentHole), "EXTENT_ZERO": int(ExtentZero),
+	"THREAD_MODEL_SERIALIZE_CONNECTIONS":  int(backend.SerializeConnections),
+	"THREAD_MODEL_SERIALIZE_ALL_REQUESTS": int(backend.SerializeAllRequests),
+	"THREAD_MODEL_SERIALIZE_REQUESTS":     int(backend.SerializeRequests),
+	"THREAD_MODEL_PARALLEL":               int(backend.Parallel),
+	"FLAG_MAY_TRIM":                       int(backend.MayTrim), "FLAG_FUA": int(backend.FUA),
+	"FLAG_REQ_ONE": int(backend.ReqOne), "FLAG_FAST_ZERO": int(backend.FastZero),
+	"FUA_NONE": backend.None, "FUA_EMULATE": backend.Emulate, "FUA_NATIVE": backend.Native,
+	"CACHE_NONE": backend.None, "CACHE_EMULATE": backend.Emulate, "CACHE_NATIVE": backend.Native,
+	"EXTENT_HOLE": int(backend.ExtentHole), "EXTENT_ZERO": int(backend.ExtentZero),
 }
 
 var filterConstants = map[string]int{
-	"ZERO_NONE": int(ZeroNone), "ZERO_EMULATE": int(ZeroEmulate), "ZERO_NATIVE": int(ZeroNative),
+	"ZERO_NONE": backend.None, "ZERO_EMULATE": backend.Emulate, "ZERO_NATIVE": backend.Native,
 }
 
 func TestConstants(t *testing.T) {

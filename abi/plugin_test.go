@@ -93,14 +93,3 @@ func TestCString(t *testing.T) {
 		t.Errorf("without end: got %d bytes, need %d", got, maxString)
 	}
 }
-
-func TestThreadModel(t *testing.T) {
-	for m, want := range map[ThreadModel]string{
-		-1: "ThreadModel(-1)", 0: "serialize_connections", 1: "serialize_all_requests",
-		2: "serialize_requests", 3: "parallel", 4: "ThreadModel(4)",
-	} {
-		if m.String() != want || m.Valid() != !strings.HasPrefix(want, "T") {
-			t.Errorf("%d: got %s, valid %v", int(m), m, m.Valid())
-		}
-	}
-}

@@ -40,9 +40,6 @@ func (x *Extents) Reset(start, end uint64) {
 	x.list = x.list[:0]
 }
 
-// Range returns the range that the list covers.
-func (x *Extents) Range() (start, end uint64) { return x.start, x.end }
-
 // List returns what was collected; it is valid until the next Reset.
 func (x *Extents) List() []Extent { return x.list }
 

@@ -43,7 +43,7 @@ func TestExtentsAdd(t *testing.T) {
 					t.Errorf("got %s, need %s", got, tt.want)
 				}
 			}
-			if s, e := x.Range(); s != 100 || e != 200 {
+			if s, e := x.start, x.end; s != 100 || e != 200 {
 				t.Errorf("got range %d, %d", s, e)
 			}
 		})

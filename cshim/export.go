@@ -130,16 +130,17 @@ func SaveSignals() { C.nbdhost_signals_save() }
 // ones that had a handler (the Go runtime's) and the ones that stop the server get
 // their disposition back; other handlers of the module stay and run on the
 // alternate stack, without which the Go runtime aborts. Call it after .load,
-// .config, .get_ready, .after_fork and the first .open.
+// .config, .get_ready, .after_fork and a plugin's .open.
 func RestoreSignals() { C.nbdhost_signals_restore() }
 
 // SetCommandLine puts args in the place of the arguments that the process was started
 // with, where ps(1) finds them; what has no room there is left out. The memory is that
 // of the first os.Args: texts in it change.
 func SetCommandLine(args []string) {
-	text := C.CString(strings.Join(args, "\x00"))
+	joined := strings.Join(args, "\x00")
+	text := C.CString(joined)
 	defer C.free(unsafe.Pointer(text))
-	C.nbdhost_set_command_line(text, C.size_t(len(strings.Join(args, "\x00"))))
+	C.nbdhost_set_command_line(text, C.size_t(len(joined)))
 }
 
 // Exit ends the process through exit(3), which runs what modules gave to atexit(3).

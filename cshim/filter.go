@@ -245,7 +245,7 @@ func CallFilterConfigComplete(fn unsafe.Pointer, b *Backend) Result {
 
 // CallFilterModel calls .thread_model, to which older filters have no parameter, or
 // .get_ready.
-func CallFilterModel(fn unsafe.Pointer, model abi.ThreadModel) Result {
+func CallFilterModel(fn unsafe.Pointer, model int) Result {
 	return result(C.nbdhost_filter_model(fn, C.int(model)))
 }
 

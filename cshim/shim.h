@@ -123,8 +123,8 @@ bool nbdhost_in_server (void);
 extern __thread bool nbdhost_has_sigstack;
 void nbdhost_set_sigstack (void);
 
-/* Before a thread calls a module, and before one of a module's calls Go. Not in a
- * signal handler.
+/* Before a thread calls a module, and before one of a module's own, of which a signal
+ * handler may need it, calls Go. Not in a signal handler.
  */
 static inline void
 nbdhost_need_sigstack (void)

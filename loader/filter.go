@@ -115,13 +115,13 @@ func (f *Filter) ConfigComplete() error {
 }
 
 func (f *Filter) GetThreadModel() (backend.ThreadModel, error) {
-	r := cshim.CallFilterModel(f.fn[backend.GetThreadModel], abi.ThreadModel(f.next.ThreadModel()))
+	r := cshim.CallFilterModel(f.fn[backend.GetThreadModel], int(f.next.ThreadModel()))
 	return backend.ThreadModel(r.Ret), f.outcome(backend.GetThreadModel, r)
 }
 
 func (f *Filter) GetReady() error {
 	defer cshim.RestoreSignals()
-	model := abi.ThreadModel(f.next.Chain().ThreadModel())
+	model := int(f.next.Chain().ThreadModel())
 	return f.outcome(backend.GetReady, cshim.CallFilterModel(f.fn[backend.GetReady], model))
 }
 

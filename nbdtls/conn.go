@@ -10,7 +10,8 @@ import (
 )
 
 // A Conn is a connection after a TLS handshake. Deadlines are those of the
-// connection below. Close tells the peer, without waiting for it.
+// connection below. Close tells the peer, for which it may
+// wait some seconds where that does not read.
 type Conn interface {
 	net.Conn
 

@@ -275,17 +275,6 @@ func (s *Server) serial() bool {
 	return s.opts.Threads == 1 || s.opts.Chain.ThreadModel() < backend.Parallel
 }
 
-// Disconnect ends a connection as nbdkit_disconnect(3) says; one that is not
-// there any more is no error. It may be called on any thread.
-func (s *Server) Disconnect(conn uint64, force bool) {
-	s.mu.Lock()
-	c := s.conns[conn]
-	s.mu.Unlock()
-	if c != nil {
-		c.disconnect(force)
-	}
-}
-
 // Quit returns a channel that is closed by Shutdown.
 func (s *Server) Quit() <-chan struct{} { return s.quit }
 

@@ -767,3 +767,11 @@ func TestWatcherStops(t *testing.T) {
 		return !s.watcher.running
 	})
 }
+
+// disconnect cuts off the connection of that number.
+func disconnect(s *Server, id uint64) {
+	s.mu.Lock()
+	c := s.conns[id]
+	s.mu.Unlock()
+	c.disconnect(true)
+}
