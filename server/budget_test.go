@@ -157,9 +157,7 @@ func TestStalledTurn(t *testing.T) {
 			nc.Write(bytes.Repeat(request(tt.request), tt.requests))
 			if tt.requests > 1 {
 				eventually(t, s, func(Stats) bool { // it is stuck in a write
-					var stuck bool
-					stuck = !only(t, s).sender.pause(func() {})
-					return stuck
+					return !only(t, s).sender.pause(func() {})
 				})
 			}
 			if err := dial(t, uri, nil).Pread(make([]byte, 512), 0); err != nil {
