@@ -59,6 +59,7 @@ type conn struct {
 	pace    pace
 	calling atomic.Int32   // goroutines that have a part in it; the last ends the connection
 	sending sync.WaitGroup // those that send for a reader which keeps the connection
+	span    atomic.Uint64  // about how many bytes block status asks the module at most; 0 for all
 	began   time.Time
 	over    chan struct{} // closed at the end of the connection, where somebody waits for that
 

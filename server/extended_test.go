@@ -269,6 +269,43 @@ func TestManyExtents(t *testing.T) {
 	}
 }
 
+// To ask again and again about very many extents does not make the module look at them
+// over and over.
+func TestManyExtentsAgain(t *testing.T) {
+	const size = 1 << 30
+	v := newVast(size)
+	looked := 0
+	v.extents = func(n uint32, off uint64, x *backend.Extents) error {
+		for end := off + uint64(n); off < end; off += 512 {
+			looked++
+			if err := x.Add(off, 512, uint32(off/512%2)*3); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	uri, _ := serveVast(t, v, Options{})
+	c := dial(t, uri, nil)
+	got := 0
+	for off := uint64(0); off < size; {
+		runs, err := c.BlockStatus(size-off, off, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got += len(runs[protocol.ContextBaseAllocation])
+		for _, d := range runs[protocol.ContextBaseAllocation] {
+			off += d.Length
+		}
+	}
+	if got != size/512 {
+		t.Errorf("got %d runs, need %d", got, size/512)
+	}
+	// All of them at first, and from then on few that there was no room for.
+	if looked > 3*size/512 {
+		t.Errorf("the module looked at %d extents, of %d", looked, size/512)
+	}
+}
+
 // A huge request ends when its client has gone.
 func TestHugeGone(t *testing.T) {
 	v := newVast(math.MaxInt64)

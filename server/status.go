@@ -16,6 +16,9 @@ const (
 	// answers for 4 GiB. The client asks again for what is left.
 	maxStatusCalls = 256
 
+	// spanUnit is what conn.span is a multiple of, in bytes.
+	spanUnit = 64 << 10
+
 	// keptExtents is up to how many extents the memory for them is kept.
 	keptExtents = 1 << 10
 
@@ -38,7 +41,7 @@ func (t *task) queryStatus(flags backend.Flags) error {
 		if calls > 0 && t.pause() != nil {
 			break
 		}
-		n := piece32(end - off)
+		n := t.c.statusSpan(end - off)
 		if err := t.c.session.Extents(&t.call, n, off, flags, &t.extents); err != nil {
 			if calls == 0 {
 				return err
@@ -46,6 +49,7 @@ func (t *task) queryStatus(flags backend.Flags) error {
 			break
 		}
 		list := t.extents.List()
+		t.c.learnSpan(list)
 		if block := uint64(t.c.negotiated.BlockSize.Minimum); block > 1 {
 			t.aligned = align(t.aligned[:0], list, block, t.c.negotiated.Size)
 			list = t.aligned
@@ -62,6 +66,32 @@ func (t *task) queryStatus(flags backend.Flags) error {
 		d.list[0].Length = min(d.list[0].Length, t.req.Length)
 	}
 	return nil
+}
+
+// statusSpan is how many of n bytes the module is asked about. It looks at all of them, however
+// many extents there are room for.
+func (c *conn) statusSpan(n uint64) uint32 {
+	if span := c.span.Load(); span > 0 {
+		n = min(n, span)
+	}
+	return piece32(n)
+}
+
+// learnSpan takes in whether there was room for all extents.
+func (c *conn) learnSpan(list []backend.Extent) {
+	span := c.span.Load()
+	switch {
+	case len(list) == backend.MaxExtents:
+		last := list[len(list)-1]
+		span = (last.Offset + last.Length - list[0].Offset + spanUnit) &^ (spanUnit - 1)
+	case span == 0:
+		return
+	case span < math.MaxUint32:
+		span *= 2
+	default:
+		span = 0
+	}
+	c.span.Store(span)
 }
 
 // A describer turns extents into descriptors of at most limit bytes.
