@@ -24,7 +24,7 @@ func TestWay(t *testing.T) {
 	raw(t, path)
 	c := only(t, s)
 	r := newReader(&conn{s: s, sock: socket{fd: c.sock.descriptor()}, slots: make(chan struct{}, threads),
-		lane: c.lane, session: c.session, log: slog.New(slog.DiscardHandler)}, 0)
+		lane: c.lane, log: slog.New(slog.DiscardHandler)}, 0)
 	defer func() {
 		r.c.sock.fd = -1 // c's
 		s.guard.leave(r.c)

@@ -65,6 +65,8 @@ func (c *conn) park(number int) {
 	c.reader.Store(nil)
 	go func() {
 		_ = c.sock.raw.Read(readable) // whatever ends the wait, the reader will see it too
-		c.start(newReader(c, number))
+		r := newReader(c, number)
+		c.hand(r)
+		c.start(r)
 	}()
 }

@@ -69,7 +69,6 @@ func newReader(c *conn, number int) *reader {
 			r.out.release()
 		}
 	}
-	r.newBurst()
 	return r
 }
 
@@ -91,14 +90,22 @@ func (c *conn) transmit(in *input) {
 	r.in.buf, r.in.start, r.in.end = in.buf, in.start, in.end
 	r.arrived = now()
 	c.calling.Add(1)
+	c.hand(r)
 	c.start(r)
 }
 
-// start makes r the one that has the connection, and returns when it has not any
+// hand makes r the reader of the connection, which does not end meanwhile.
+func (c *conn) hand(r *reader) {
+	if r.burst.calls == nil {
+		r.newBurst()
+	}
+	c.reader.Store(r)
+}
+
+// start runs r, to which the connection was handed, and returns when it has it not any
 // more. c.calling counts it already.
 func (c *conn) start(r *reader) {
 	defer c.done()
-	c.reader.Store(r)
 	r.send() // what another reader has put there
 	why := r.loop()
 	if why == over {

@@ -165,7 +165,7 @@ func (c *conn) transfer(from *reader, state uint64, to *reader) bool {
 		c.log.Error("take over connection: " + err.Error() + "; closing it")
 		c.disconnect(true)
 	}
-	c.reader.Store(to)
+	c.hand(to)
 	return true
 }
 

@@ -46,6 +46,8 @@
 //	compat_sessions_test.go
 //	                    whole sessions of real clients
 //	filters_test.go     each filter that Debian ships
+//	filters_differential_test.go
+//	                    random chains of them
 //	filters_trace_test.go
 //	                    what each layer sees of a request, in chains of one and of several releases
 //	hazard_test.go      plugins that do what a Go program may not like

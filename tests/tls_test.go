@@ -749,10 +749,10 @@ func TestTLSWithoutGnuTLS(t *testing.T) {
 func TestTLSURI(t *testing.T) {
 	onlyNbdhost(t)
 	for _, tt := range []struct{ mode, credentials, want string }{
-		{"require", "--tls-certificates=DIR/server", "nbds://localhost:PORT/?tls-certificates=DIR/server 2"},
-		{"on", "--tls-certificates=DIR/server", "nbd://localhost:PORT/ 1"},
-		{"off", "--tls-certificates=DIR/server", "nbd://localhost:PORT/ "},
-		{"require", "--tls-psk=DIR/psk/keys.psk", "nbds://localhost:PORT/?tls-psk-file=DIR/psk/keys.psk 2"},
+		{"require", "--tls-certificates=DIR/server", "nbds://localhost:PORT?tls-certificates=DIR/server 2"},
+		{"on", "--tls-certificates=DIR/server", "nbd://localhost:PORT 1"},
+		{"off", "--tls-certificates=DIR/server", "nbd://localhost:PORT "},
+		{"require", "--tls-psk=DIR/psk/keys.psk", "nbds://localhost:PORT?tls-psk-file=DIR/psk/keys.psk 2"},
 	} {
 		dir := tempDir(t)
 		tlsFiles(t, dir)
