@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"sync"
 	"testing"
+	"time"
 
 	"nbdhost/protocol"
 )
@@ -223,6 +225,59 @@ func TestWith(t *testing.T) {
 			t.Errorf("got %q, %v", p, err)
 		}
 	})
+}
+
+// TestCancelAnytime: commands are cancelled while they are being sent and answered (with -race).
+func TestCancelAnytime(t *testing.T) {
+	nc := script(t, func(nc net.Conn) {
+		r := welcome(t, nc)
+		for {
+			if _, err := io.CopyN(io.Discard, nc, int64(r.PayloadLength(false))); err != nil {
+				return
+			}
+			var reply []byte
+			for from := uint64(0); r.Type == protocol.CmdRead && from < r.Length; from += 4096 {
+				h := protocol.ChunkHeader{Cookie: r.Cookie, Type: protocol.ReplyOffsetData, Length: protocol.OffsetDataSize + 4096}
+				o := protocol.OffsetData{Offset: r.Offset + from}
+				reply = append(o.AppendTo(h.AppendTo(reply)), make([]byte, 4096)...)
+			}
+			h := protocol.ChunkHeader{Cookie: r.Cookie, Type: protocol.ReplyNone, Flags: protocol.ReplyFlagDone}
+			if _, err := nc.Write(h.AppendTo(reply)); err != nil {
+				return
+			}
+			b := make([]byte, protocol.RequestSize)
+			if _, err := io.ReadFull(nc, b); err != nil || r.Decode(b) != nil {
+				return
+			}
+		}
+	})
+	c, err := New(t.Context(), nc, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	var callers sync.WaitGroup
+	for caller := range 6 {
+		callers.Go(func() {
+			p := make([]byte, 64<<10)
+			for n := range 1500 {
+				ctx, cancel := context.WithTimeout(t.Context(), time.Duration(50+n%20*50)*time.Microsecond)
+				switch caller % 3 {
+				case 0:
+					c.With(ctx).Pread(p, 0)
+				case 1:
+					c.With(ctx).PreadStructured(p, 0, 0, func(Chunk) error { return nil })
+				case 2:
+					c.With(ctx).Pwrite(p, 0, 0)
+				}
+				cancel()
+			}
+		})
+	}
+	callers.Wait()
+	if err := c.Flush(); err != nil {
+		t.Error(err)
+	}
 }
 
 // TestDisconnectEnds: a server that does not close the connection, or does not

@@ -183,7 +183,7 @@ func (c *Conn) AioCommandCompleted(cookie uint64) (bool, error) {
 // it the command's buffer and functions are the caller's again. What the server has
 // read of the command it executes nevertheless, and its reply is dropped when it
 // comes; a command that was not yet sent never is. AioCancel must not be called from
-// the command's own ChunkFunc or ExtentFunc.
+// a ChunkFunc or an ExtentFunc, of whatever command of the connection.
 func (c *Conn) AioCancel(cookie uint64, cause error) bool {
 	c.mu.Lock()
 	cmd := c.find(cookie)
@@ -276,8 +276,11 @@ func (c *Conn) answered(cmd *command) {
 // issue queues a command. If it fails nothing was issued, and the completion is
 // never called.
 func (c *Conn) issue(cmd command) (uint64, error) {
-	if cmd.request.Type == protocol.CmdWrite && c.extended {
+	switch {
+	case cmd.request.Type == protocol.CmdWrite && c.extended:
 		cmd.request.Flags |= protocol.CmdFlagPayloadLen
+	case c.extended && cmd.only == nil && cmd.request.Flags&protocol.CmdFlagPayloadLen != 0:
+		return 0, fmt.Errorf("issue %v: got %v, but there is no payload", cmd.request.Type, protocol.CmdFlagPayloadLen)
 	}
 	if cmd.only == nil {
 		cmd.asked = cmd.request.Length

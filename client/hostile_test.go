@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"io"
+	"math"
 	"net"
 	"strings"
 	"syscall"
@@ -259,7 +260,9 @@ func TestEarlyReply(t *testing.T) {
 	issued, flushed := make(chan uint64, 1), make(chan struct{})
 	nc := script(t, func(nc net.Conn) {
 		r := welcome(t, nc)
-		nc.Write((&protocol.SimpleReply{Cookie: <-issued, Errno: protocol.EPERM}).AppendTo(nil))
+		cookie := <-issued
+		io.ReadFull(nc, make([]byte, protocol.RequestSize)) // of the write; not its payload
+		nc.Write((&protocol.SimpleReply{Cookie: cookie, Errno: protocol.EPERM}).AppendTo(nil))
 		nc.Write((&protocol.SimpleReply{Cookie: r.Cookie}).AppendTo(nil))
 		<-flushed
 	})
@@ -286,6 +289,34 @@ func TestEarlyReply(t *testing.T) {
 	if err := <-completed; !errors.Is(err, syscall.EPERM) {
 		t.Errorf("got %v, need the server's error", err)
 	}
+}
+
+// TestReplyToQueued: a reply to what was not sent yet ends the connection.
+func TestReplyToQueued(t *testing.T) {
+	issued := make(chan uint64)
+	nc := script(t, func(nc net.Conn) {
+		welcome(t, nc) // of the write; its payload fills the socket
+		nc.Write((&protocol.SimpleReply{Cookie: <-issued}).AppendTo(nil))
+		<-issued
+	})
+	c, err := New(t.Context(), nc, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if _, err := c.AioPwrite(make([]byte, 32<<20), 0, 0, nil); err != nil {
+		t.Fatal(err)
+	}
+	completed := make(chan error, 1)
+	cookie, err := c.AioFlush(0, func(err error) int { completed <- err; return 1 })
+	if err != nil {
+		t.Fatal(err)
+	}
+	issued <- cookie
+	if err := <-completed; !errors.Is(err, ErrDisconnected) {
+		t.Errorf("got %v, need %v", err, ErrDisconnected)
+	}
+	close(issued)
 }
 
 // TestHandshakeRefused has servers that break the handshake.
@@ -433,6 +464,7 @@ func TestExtendedReplies(t *testing.T) {
 		{"64-bit, no count", nil, extendedChunk(1, off, done, ext, append([]byte{0, 0, 0, 1, 0, 0, 0, 0}, extendedStatus(1, n)[8:]...)), ""},
 		{"64-bit, wrong count", nil, extendedChunk(1, off, done, ext, append([]byte{0, 0, 0, 1, 0, 0, 0, 9}, extendedStatus(1, n)[8:]...)), "9 as counted"},
 		{"too much", nil, extendedChunk(1, off, done, ext, extendedStatus(1, n, 1)), "past the 8589934592"},
+		{"too much, beyond 64 bits", nil, extendedChunk(1, off, done, ext, extendedStatus(1, 5, math.MaxUint64, math.MaxUint64, 1<<60)), "past the 8589934592"},
 		{"other offset", nil, extendedChunk(1, off+1, done, ext, extendedStatus(1, n)), "offset 513"},
 		{"compact chunk", nil, chunk(1, done, typ, status(1, 512)), "magic number"},
 		{"simple reply", nil, (&protocol.SimpleReply{Cookie: 1, Errno: protocol.EIO}).AppendTo(nil), "magic number"},

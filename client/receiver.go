@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"slices"
 	"sync"
@@ -25,7 +26,8 @@ const (
 	maxErrorLength = 64 << 10
 )
 
-// buffers are what is received into; an idle connection has none.
+// buffers are what is received into; an idle connection of a socket has none, unless it is
+// Blocking.
 var buffers = sync.Pool{New: func() any { return new([receiveSize]byte) }}
 
 // receiver is the receiving goroutine's state: it takes what the socket holds, goes
@@ -352,7 +354,7 @@ func (r *receiver) payload(n, limit uint64, what fmt.Stringer) ([]byte, error) {
 func (r *receiver) inFlight(cookie uint64) (*command, error) {
 	r.mu.Lock()
 	cmd := r.find(cookie)
-	if cmd == nil || cmd.replied {
+	if cmd == nil || cmd.replied || cmd.queued {
 		cmd = nil
 	}
 	r.mu.Unlock()
@@ -385,9 +387,11 @@ func (r *receiver) simple(s *protocol.SimpleReply) error {
 	}
 	if s.Errno != 0 {
 		failed := &Error{Command: t, Errno: s.Errno}
-		if cmd.chunk != nil {
-			r.tell(cmd, func() { cmd.told(Chunk{Type: protocol.ReplyError, Err: failed}) })
-		}
+		r.tell(cmd, func() {
+			if cmd.chunk != nil {
+				cmd.told(Chunk{Type: protocol.ReplyError, Err: failed})
+			}
+		})
 		r.reply(cmd, failed)
 		return nil
 	}
@@ -396,11 +400,11 @@ func (r *receiver) simple(s *protocol.SimpleReply) error {
 		if err := r.data(cmd, 0, n); err != nil {
 			return err
 		}
-		if cmd.chunk != nil {
-			r.tell(cmd, func() {
+		r.tell(cmd, func() {
+			if cmd.chunk != nil {
 				cmd.told(Chunk{Type: protocol.ReplyOffsetData, Offset: cmd.request.Offset, Data: cmd.data})
-			})
-		}
+			}
+		})
 	}
 	r.reply(cmd, cmd.refusal)
 	return nil
@@ -517,10 +521,14 @@ func (r *receiver) offsetData(cmd *command, h *protocol.ChunkHeader) error {
 	if err != nil {
 		return err
 	}
-	if err := r.data(cmd, from, to); err != nil || cmd.chunk == nil {
+	if err := r.data(cmd, from, to); err != nil {
 		return err
 	}
-	r.tell(cmd, func() { cmd.told(Chunk{Type: h.Type, Offset: o.Offset, Data: cmd.data[from:to]}) })
+	r.tell(cmd, func() {
+		if cmd.chunk != nil {
+			cmd.told(Chunk{Type: h.Type, Offset: o.Offset, Data: cmd.data[from:to]})
+		}
+	})
 	return nil
 }
 
@@ -572,7 +580,7 @@ func (r *receiver) blockStatus(cmd *command, h *protocol.ChunkHeader) error {
 		if sum >= cmd.asked {
 			return fmt.Errorf("got block status of %d runs, of which number %d is past the %d bytes asked for", len(r.status.Descriptors), i, cmd.asked)
 		}
-		sum += r.status.Descriptors[i].Length
+		sum += min(r.status.Descriptors[i].Length, math.MaxUint64-sum)
 	}
 	if cmd.request.Flags&protocol.CmdFlagReqOne != 0 && (len(r.status.Descriptors) != 1 || sum > cmd.asked) {
 		return fmt.Errorf("got block status of %d runs and %d bytes, need one run of at most %d with %v", len(r.status.Descriptors), sum, cmd.asked, protocol.CmdFlagReqOne)

@@ -96,7 +96,9 @@ func (c *Conn) fill() bool {
 		}
 		if !cmd.sent {
 			if len(cmd.data) > copySize {
+				o.use.Lock()
 				o.owner, o.tail = cmd, cmd.data
+				o.use.Unlock()
 				break
 			}
 			o.head = append(o.head, cmd.data...)

@@ -24,8 +24,11 @@ const (
 	StrictZeroSize
 	// StrictAlign refuses ranges that are no multiples of the minimum block size.
 	StrictAlign
+	// StrictPayload refuses reads and writes of more than the maximum block size: a server
+	// may end the connection for one.
+	StrictPayload
 
-	StrictAll = StrictCommands | StrictFlags | StrictBounds | StrictZeroSize | StrictAlign
+	StrictAll = StrictCommands | StrictFlags | StrictBounds | StrictZeroSize | StrictAlign | StrictPayload
 )
 
 // strictFlags are the flags that belong to each command.
@@ -34,7 +37,7 @@ var strictFlags = map[protocol.Command]protocol.CommandFlags{
 	protocol.CmdWrite:       protocol.CmdFlagFUA | protocol.CmdFlagPayloadLen,
 	protocol.CmdTrim:        protocol.CmdFlagFUA,
 	protocol.CmdWriteZeroes: protocol.CmdFlagFUA | protocol.CmdFlagNoHole | protocol.CmdFlagFastZero,
-	protocol.CmdBlockStatus: protocol.CmdFlagReqOne | protocol.CmdFlagPayloadLen,
+	protocol.CmdBlockStatus: protocol.CmdFlagReqOne | protocol.CmdFlagPayloadLen, // of BlockStatusOf
 }
 
 // flagNeeds are what an export must have advertised for a flag.
@@ -91,6 +94,9 @@ func (s Strict) refuse(c *Conn, cmd *command) error {
 	}
 	if s&StrictZeroSize != 0 && n == 0 {
 		return fail(syscall.EINVAL, "got length 0, need at least 1 byte")
+	}
+	if most := uint64(e.BlockSize.Maximum); s&StrictPayload != 0 && (spec.Payload || spec.Data) && most > 0 && n > most {
+		return fail(syscall.ERANGE, "got length %d, need at most %d", n, most)
 	}
 	if unit := uint64(e.BlockSize.Minimum); s&StrictAlign != 0 && unit > 1 && (r.Offset%unit != 0 || n%unit != 0) {
 		return fail(syscall.EINVAL, "got offset %d and length %d, need multiples of %d", r.Offset, n, unit)

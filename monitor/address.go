@@ -71,7 +71,7 @@ func (a Address) String() string {
 }
 
 // Listen binds the address. The file of a Unix socket is removed when the listener is
-// closed; one that a server has left behind which did not get to that is replaced.
+// closed.
 func Listen(a Address) (net.Listener, error) {
 	l, err := net.Listen(a.network, a.address)
 	if err == nil {

@@ -13,7 +13,7 @@ import (
 )
 
 // ownErrors is the module of errors that no module made.
-const ownErrors = "nbdhost"
+const ownErrors = "(server)" // no module has such a name
 
 func desc(name, help string, labels ...string) *prometheus.Desc {
 	return prometheus.NewDesc("nbdhost_"+name, help, labels, nil)

@@ -29,8 +29,7 @@ const (
 	maxHeader         = 16 << 10 // bytes
 	readTimeout       = 5 * time.Second
 	writeTimeout      = 10 * time.Second // without what a read through the plugin may take
-	idleTimeout       = 30 * time.Second
-	probeResultTime   = time.Second // for how long the result of a read is used again
+	probeResultTime   = time.Second      // for how long the result of a read is used again
 	shutdownPatience  = 100 * time.Millisecond
 	textPlain         = "text/plain; charset=utf-8"
 	DefaultHealthRead = 5 * time.Second
@@ -74,10 +73,10 @@ func Serve(l net.Listener, o Options) *Monitor {
 		ReadHeaderTimeout: readTimeout,
 		ReadTimeout:       readTimeout,
 		WriteTimeout:      writeTimeout + o.HealthRead,
-		IdleTimeout:       idleTimeout,
 		MaxHeaderBytes:    maxHeader,
 		ErrorLog:          log.New(debugWriter{o.Log}, "", 0),
 	}
+	m.http.SetKeepAlivesEnabled(false) // idle connections could keep probes out
 	go func() {
 		defer close(m.served)
 		if err := m.http.Serve(netutil.LimitListener(l, maxConnections)); !errors.Is(err, http.ErrServerClosed) {

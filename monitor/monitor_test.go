@@ -216,7 +216,7 @@ func TestMetrics(t *testing.T) {
 		{5000, "nbdhost_bytes_total", []string{"export", export, "command", "read"}},
 		{10, "nbdhost_bytes_total", []string{"export", export, "command", "write"}},
 		{1, "nbdhost_errors_total", []string{"export", export, "command", "read", "module", "mem"}},
-		{0, "nbdhost_errors_total", []string{"export", export, "command", "write", "module", "nbdhost"}},
+		{0, "nbdhost_errors_total", []string{"export", export, "command", "write", "module", "(server)"}},
 		{6, "nbdhost_operation_duration_seconds", []string{"export", export, "command", "read"}},
 		{0, "nbdhost_operations_in_flight", nil},
 		{1, "nbdhost_connections", nil},

@@ -68,7 +68,8 @@ func ParseURI(s string) (*URI, error) {
 	if u.Fragment != "" {
 		return fail("got a fragment %q; write # as %%23", u.Fragment)
 	}
-	if uri.Params, err = url.ParseQuery(u.RawQuery); err != nil {
+	// A plus sign is one, not the space of HTML's forms.
+	if uri.Params, err = url.ParseQuery(strings.ReplaceAll(u.RawQuery, "+", "%2B")); err != nil {
 		return fail("%v", err)
 	}
 	socket := uri.Params["socket"]
@@ -191,6 +192,9 @@ func (u *URI) Address() (network, address string) {
 	case TransportUnix:
 		if strings.HasPrefix(u.Socket, "\x00") {
 			return "unix", "@" + u.Socket[1:] // how package net spells the abstract namespace
+		}
+		if strings.HasPrefix(u.Socket, "@") {
+			return "unix", "./" + u.Socket // which package net would take for an abstract one
 		}
 		return "unix", u.Socket
 	case TransportVsock:

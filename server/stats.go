@@ -29,8 +29,7 @@ type Stats struct {
 	Exports []ExportStats
 }
 
-// Operations is how many requests were answered, and Bytes how many bytes were
-// read and written for them.
+// Operations is how many requests were answered.
 func (s Stats) Operations() (n uint64) {
 	return s.sum(func(c *CommandStats) uint64 { return c.Operations })
 }
@@ -137,7 +136,7 @@ type tally struct {
 
 // count takes note of the answer to t.req.
 func (t *task) count() {
-	t.tally.add(&t.req, t.err)
+	t.tally.add(&t.req, t.failure())
 	if err := t.failure(); err != nil {
 		t.c.counters.failed(t.req.Type, err, t.req.Flags)
 	}
