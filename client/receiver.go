@@ -98,6 +98,9 @@ func (r *receiver) rest() {
 	if r.quiet && !c.sending && cap(c.out.head) > keptSize {
 		c.out.head = nil
 	}
+	if r.quiet && r.large != nil { // of an answer that was very long
+		r.large, r.status.Descriptors = nil, nil
+	}
 	if len(c.queue) == 0 || c.sending {
 		c.mu.Unlock()
 		return
