@@ -28,6 +28,8 @@ type negotiation struct {
 	// contextFor is the export for which base:allocation was selected.
 	contextFor *string
 
+	informed bool // an NBD_OPT_INFO was answered
+
 	reply []byte // of the option under way, sent as a whole
 }
 
@@ -196,7 +198,9 @@ func (n *negotiation) answer(opt protocol.Option, data []byte) (over bool, err e
 		n.refuse(opt, protocol.RepErrPolicy, n.c.denied)
 		return false, nil
 	}
-	if n.c.s.quitting() && opt != protocol.OptAbort {
+	// A module may stop the server when it is closed, as nbdkit's exitlast filter does, also after
+	// NBD_OPT_INFO. Who has asked may go on.
+	if n.c.s.quitting() && !n.informed && opt != protocol.OptAbort {
 		n.refuse(opt, protocol.RepErrShutdown, "the server is shutting down")
 		return false, nil
 	}
@@ -411,6 +415,7 @@ func (n *negotiation) info(opt protocol.Option, data []byte) (over bool, err err
 	}
 	n.accept(opt)
 	if opt == protocol.OptInfo {
+		n.informed = true
 		c.closeSession()
 		return false, nil
 	}

@@ -166,6 +166,43 @@ func TestShutdownOptions(t *testing.T) {
 	}
 }
 
+// A client that has asked about the export may go on to open it: what it asked for may have
+// stopped the server.
+func TestShutdownByInfo(t *testing.T) {
+	h := newHooked()
+	stop := make(chan *Server, 1)
+	h.before = func(_ *backend.Call, cb backend.Callback, _ uint64) error {
+		if cb == backend.Close {
+			select {
+			case s := <-stop:
+				s.Shutdown()
+			default:
+			}
+		}
+		return nil
+	}
+	s, _, path := serve(t, h, Options{})
+	stop <- s
+	nc := connect(t, path)
+	nc.Write(hello(option(protocol.OptInfo, (&protocol.InfoRequest{}).AppendTo(nil)), goInfos))
+	c := &peer{Conn: nc, t: t}
+	c.take(protocol.GreetingSize)
+	for acks := 0; acks < 2; {
+		var r protocol.OptionReplyHeader
+		if err := r.Decode(c.take(protocol.OptionReplyHeaderSize)); err != nil || r.Type.IsError() {
+			t.Fatalf("got %+v, %v", r, err)
+		}
+		c.take(int(r.Length))
+		if r.Type == protocol.RepAck {
+			acks++
+		}
+	}
+	nc.Write(request(protocol.Request{Type: protocol.CmdRead, Cookie: 1, Length: 512}))
+	if m := readReply(t, nc, 0); m.Errno != protocol.ESHUTDOWN {
+		t.Errorf("got %+v, need %v", m, protocol.ESHUTDOWN)
+	}
+}
+
 // The handshake of clients without fixed newstyle, with and without zeroes, and
 // what a mask does to it.
 func TestNonFixed(t *testing.T) {

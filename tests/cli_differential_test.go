@@ -120,6 +120,7 @@ var commandLines = []commandLine{
 	{args: "-U - --no-sr memory 1M --run 'nbdinfo $uri | head -n 1'"}, {args: "-U - --mask-handshake=0 memory 1M --run 'nbdinfo $uri | head -n 1'"},
 	{args: "-U - --mask-handshake 0x1ffff memory 1M --run 'nbdinfo --size $uri'"},
 	{args: "-U - -t 1 memory 1M --run 'nbdinfo --size $uri'"}, {args: "-U - -t 0 memory 1M --run 'nbdinfo --size $uri'"},
+	{args: "-U - --filter=exitlast memory 1M --run 'nbdinfo $uri >/dev/null'"}, // asks before it opens the export
 	{args: "-U - --filter=offset memory 1M offset=512K --run 'nbdinfo --size $uri'"},
 	{args: "-U - --filter=offset memory 1M offset=x --run true"},
 	{args: "-U - --swap memory 1M --run 'nbdinfo --size $uri'"},

@@ -211,5 +211,6 @@ requests of an oldstyle client are carried out. --user without --group gives up 
 superuser. Mistakes in values are found before the plugin is loaded. Idle clients do not hold
 up the end, and --drain-timeout bounds it. Names and options that nearly fit are suggested.
 A dead socket in the place of --unix is replaced. A command of --run that SIGTERM ends ends the
-server with status 143. The server does not fork, so that the log filter has no line for it.`},
+server with status 143. Where a plugin cannot be started .unload is called nevertheless, so that
+what .load has made is taken away. The server does not fork, so that the log filter has no line for it.`},
 }
