@@ -1,8 +1,10 @@
 package tests
 
 import (
+	"context"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -254,9 +256,25 @@ func pluginCases(t *testing.T, services *services) []pluginCase {
 		writeFile(t, filepath.Join(dir, "disk.torrent"), services.torrent, 0o644)
 	}
 	torrent.client = func(t *testing.T, s *server) string {
-		// What has only just arrived reads as zeroes now and then, under nbdkit too.
-		command(t, "nbdcopy", s.uri(""), "null:")
-		return explore(t, s, "", false)
+		// What has only just arrived reads as zeroes now and then, under nbdkit too; and now and then
+		// nothing arrives, for ever.
+		for tries := 1; ; tries++ {
+			ctx, cancel := context.WithTimeout(t.Context(), patience/6)
+			err := exec.CommandContext(ctx, "nbdcopy", s.uri(""), "null:").Run()
+			cancel()
+			if err == nil {
+				break
+			}
+			if tries == 3 {
+				t.Fatalf("nbdcopy: %v, three times", err)
+			}
+			t.Logf("%s: nbdcopy: %v: starting it again", s.program, err)
+			s.kill()
+			s = start(t, s.program, s.dir, false, s.args...)
+		}
+		result := explore(t, s, "", false)
+		s.stop()
+		return result
 	}
 	add(false, "libvirt", "connect="+services.libvirt, "domain=tests", "disk=vda")
 	// Each connection boots a virtual machine.
