@@ -231,9 +231,9 @@ func TestDeadSocket(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	connected := make(chan struct{})
+	connected, l := make(chan struct{}), e.listeners[0]
 	go func() {
-		if _, err := e.listeners[0].Accept(); err == nil {
+		if _, err := l.Accept(); err == nil {
 			close(connected)
 		}
 	}()
@@ -245,7 +245,7 @@ func TestDeadSocket(t *testing.T) {
 		t.Error("the server has had a client")
 	default:
 	}
-	e.listeners[0].Close()
+	l.Close()
 	if e, err = listenUnix(path, "", quiet); err != nil {
 		t.Fatal(err)
 	}
