@@ -390,11 +390,7 @@ func (r *receiver) simple(s *protocol.SimpleReply) error {
 	}
 	if s.Errno != 0 {
 		failed := &Error{Command: t, Errno: s.Errno}
-		r.tell(cmd, func() {
-			if cmd.chunk != nil {
-				cmd.told(Chunk{Type: protocol.ReplyError, Err: failed})
-			}
-		})
+		r.tell(cmd, func() { cmd.told(Chunk{Type: protocol.ReplyError, Err: failed}) })
 		r.reply(cmd, failed)
 		return nil
 	}
@@ -403,11 +399,7 @@ func (r *receiver) simple(s *protocol.SimpleReply) error {
 		if err := r.data(cmd, 0, n); err != nil {
 			return err
 		}
-		r.tell(cmd, func() {
-			if cmd.chunk != nil {
-				cmd.told(Chunk{Type: protocol.ReplyOffsetData, Offset: cmd.request.Offset, Data: cmd.data})
-			}
-		})
+		r.tell(cmd, func() { cmd.told(Chunk{Type: protocol.ReplyOffsetData, Offset: cmd.request.Offset, Data: cmd.data}) })
 	}
 	r.reply(cmd, cmd.refusal)
 	return nil
@@ -466,8 +458,11 @@ func (r *receiver) chunk(h *protocol.ChunkHeader) error {
 	return err
 }
 
-// told tells ChunkFunc of a chunk.
+// told tells ChunkFunc of a chunk, if there is one. It is for tell: a cancelled command has lost it.
 func (cmd *command) told(chunk Chunk) {
+	if cmd.chunk == nil {
+		return
+	}
 	if err := cmd.chunk(chunk); cmd.refusal == nil {
 		cmd.refusal = err
 	}
@@ -527,11 +522,7 @@ func (r *receiver) offsetData(cmd *command, h *protocol.ChunkHeader) error {
 	if err := r.data(cmd, from, to); err != nil {
 		return err
 	}
-	r.tell(cmd, func() {
-		if cmd.chunk != nil {
-			cmd.told(Chunk{Type: h.Type, Offset: o.Offset, Data: cmd.data[from:to]})
-		}
-	})
+	r.tell(cmd, func() { cmd.told(Chunk{Type: h.Type, Offset: o.Offset, Data: cmd.data[from:to]}) })
 	return nil
 }
 
@@ -550,9 +541,7 @@ func (r *receiver) offsetHole(cmd *command, h *protocol.ChunkHeader) error {
 	}
 	r.tell(cmd, func() {
 		clear(cmd.data[from:to])
-		if cmd.chunk != nil {
-			cmd.told(Chunk{Type: h.Type, Offset: o.Offset, Data: cmd.data[from:to]})
-		}
+		cmd.told(Chunk{Type: h.Type, Offset: o.Offset, Data: cmd.data[from:to]})
 	})
 	return nil
 }
@@ -609,10 +598,6 @@ func (r *receiver) errorChunk(cmd *command, h *protocol.ChunkHeader) error {
 	if cmd.failure == nil {
 		cmd.failure = failed
 	}
-	r.tell(cmd, func() {
-		if cmd.chunk != nil {
-			cmd.told(Chunk{Type: h.Type, Offset: e.Offset, Err: failed})
-		}
-	})
+	r.tell(cmd, func() { cmd.told(Chunk{Type: h.Type, Offset: e.Offset, Err: failed}) })
 	return nil
 }

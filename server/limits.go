@@ -98,6 +98,9 @@ func (b budget) cost(n int64) int64 {
 	return min(n, b.max)
 }
 
+// try takes n if that need not wait, and returns false where it must.
+func (b budget) try(n int64) bool { return b.sem == nil || n == 0 || b.sem.TryAcquire(n) }
+
 func (b budget) giveBack(n int64) {
 	if n > 0 && b.sem != nil {
 		b.sem.Release(n)
@@ -168,23 +171,15 @@ func (r *reader) limit(delegated bool) error {
 	c, s := r.c, r.c.s
 	n := size(&r.req)
 	if delegated || n > shortRequest {
-		if own := c.bytes.cost(n); own > 0 {
-			r.takeOwn(own)
-			r.held.own = own
-		}
+		r.takeOwn(c.bytes.cost(n))
 	}
 	if !s.limited {
 		return nil
 	}
 	// Who waits for bandwidth holds nothing that others want.
 	err := r.pass()
-	if all := s.bytes.cost(n); err == nil && all > 0 {
-		if !s.bytes.sem.TryAcquire(all) {
-			err = r.delay(LimitBytes, func(ctx context.Context) error { return s.bytes.sem.Acquire(ctx, all) })
-		}
-		if err == nil {
-			r.held.all = all
-		}
+	if err == nil {
+		err = r.takeAll(s.bytes.cost(n))
 	}
 	if err == nil {
 		return nil
@@ -200,13 +195,25 @@ func (r *reader) limit(delegated bool) error {
 // takeOwn takes n of the connection's own bytes. They come back by themselves, when replies have
 // been sent or cannot be.
 func (r *reader) takeOwn(n int64) {
-	sem := r.c.bytes.sem
-	if sem.TryAcquire(n) {
-		return
+	own := r.c.bytes
+	if !own.try(n) {
+		r.sample()
+		r.send() // what holds some of them
+		r.delayed(LimitBytesPerConnection, func() { _ = own.sem.Acquire(context.Background(), n) })
 	}
-	r.sample()
-	r.send() // what holds some of them
-	r.delayed(LimitBytesPerConnection, func() { _ = sem.Acquire(context.Background(), n) })
+	r.held.own = n
+}
+
+// takeAll takes n of the bytes of all connections.
+func (r *reader) takeAll(n int64) error {
+	all := r.c.s.bytes
+	if !all.try(n) {
+		if err := r.delay(LimitBytes, func(ctx context.Context) error { return all.sem.Acquire(ctx, n) }); err != nil {
+			return err
+		}
+	}
+	r.held.all = n
+	return nil
 }
 
 // pass waits for bandwidth.
@@ -299,10 +306,9 @@ func (c *conn) gone() bool {
 // takeTurn waits until a call into the chain may be made: the thread model and Limits.Requests
 // allow it. Nobody has a turn but for calls, so that no client can keep others from theirs.
 func (t *task) takeTurn() {
-	s := t.c.s
 	t.c.lane.Lock()
-	if s.requests.sem != nil && !s.requests.sem.TryAcquire(1) {
-		t.delayed(LimitRequests, func() { _ = s.requests.sem.Acquire(context.Background(), 1) })
+	if all := t.c.s.requests; !all.try(1) {
+		t.delayed(LimitRequests, func() { _ = all.sem.Acquire(context.Background(), 1) })
 	}
 }
 
@@ -311,7 +317,7 @@ func (t *task) tryTurn() bool {
 	if !t.c.lane.TryLock() {
 		return false
 	}
-	if s := t.c.s; s.requests.sem != nil && !s.requests.sem.TryAcquire(1) {
+	if !t.c.s.requests.try(1) {
 		t.c.lane.Unlock()
 		return false
 	}

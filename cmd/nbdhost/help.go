@@ -52,9 +52,7 @@ func usage() string {
 				left = "  -" + opt.short + ", "
 			}
 			left += "--" + opt.names[0]
-			if opt.arg != "" {
-				left += strings.Replace("="+opt.arg, "=[", "[=", 1) // the value may be left out
-			}
+			left += opt.value()
 			if len(left) > column-2 {
 				fmt.Fprintf(&b, "%s\n", left)
 				left = ""
@@ -77,6 +75,14 @@ func usage() string {
 	}
 	fmt.Fprintf(&b, "\nExit status: %s\nThe manual page has more: nbdhost --man | man -l -\n", exitStatus0)
 	return b.String()
+}
+
+// value is how help shows the option's value, and that it may be left out; "" if it has none.
+func (o *option) value() string {
+	if o.arg == "" {
+		return ""
+	}
+	return strings.Replace("="+o.arg, "=[", "[=", 1)
 }
 
 // wrap breaks a text into lines of at most n bytes, if its words allow that.

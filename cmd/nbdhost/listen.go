@@ -113,7 +113,7 @@ func listenUnix(path, export string, log *slog.Logger) (_ *endpoint, err error) 
 	return e, nil
 }
 
-// removeDead removes a socket that no process has any more, as it is left where one was
+// removeDead removes path, if it is a socket that no process has any more, as it is left where one was
 // killed, and always by --unix=PATH. To look for whoever has it must not look like a client:
 // a datagram socket cannot be connected to one of streams, dead or alive, but the errors differ.
 func removeDead(path string, log *slog.Logger) {

@@ -77,12 +77,11 @@ func roffOption(opt *option) string {
 	for _, n := range opt.names {
 		name := `\fB` + roff("--"+n) + `\fR`
 		if opt.arg != "" {
-			name += strings.Replace(`=\fI`+roff(opt.arg)+`\fR`, `=\fI[`, `[=\fI`, 1) // the value may be left out
+			name += strings.Replace(roff(opt.value()), "=", `=\fI`, 1) + `\fR`
 		}
 		names = append(names, name)
 	}
-	help := opt.help
-	entry := ".TP\n" + strings.Join(names, ", ") + "\n" + roff(strings.ToUpper(help[:1])+help[1:]) + ".\n"
+	entry := ".TP\n" + strings.Join(names, ", ") + "\n" + roff(strings.ToUpper(opt.help[:1])+opt.help[1:]) + ".\n"
 	if more := manualOptions[opt.names[0]]; more != "" {
 		entry += roff(more) + "\n"
 	}

@@ -19,9 +19,7 @@ func startMonitor(o *options, chain *backend.Chain, log *slog.Logger) (*monitor.
 	if o.metrics == nil {
 		return nil, nil
 	}
-	if path := o.metrics.Socket(); path != "" {
-		removeDead(path, log)
-	}
+	removeDead(o.metrics.Socket(), log)
 	l, err := monitor.Listen(*o.metrics)
 	if err != nil {
 		return nil, err
