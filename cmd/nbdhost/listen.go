@@ -117,6 +117,15 @@ func listenUnix(path, export string, log *slog.Logger) (_ *endpoint, err error) 
 // killed, and always by --unix=PATH. To look for whoever has it must not look like a client:
 // a datagram socket cannot be connected to one of streams, dead or alive, but the errors differ.
 func removeDead(path string, log *slog.Logger) {
+	dir, err := os.Open(filepath.Dir(path))
+	if err != nil {
+		return
+	}
+	defer dir.Close()
+	// Between the look and the removal another server could take the place.
+	if unix.Flock(int(dir.Fd()), unix.LOCK_EX|unix.LOCK_NB) != nil {
+		return
+	}
 	if info, err := os.Lstat(path); err != nil || info.Mode().Type() != os.ModeSocket {
 		return
 	}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -259,5 +260,37 @@ func TestDeadSocket(t *testing.T) {
 	}
 	if b, err := os.ReadFile(path); string(b) != "precious" {
 		t.Errorf("got %q, %v", b, err)
+	}
+}
+
+// Several servers that find a dead socket at once do not take it away from each other.
+func TestDeadSocketOfMany(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	for range 3000 {
+		e, err := listenUnix(path, "", quiet)
+		if err != nil {
+			t.Fatal(err)
+		}
+		e.listeners[0].Close() // its file stays
+		var mu sync.Mutex
+		var bound []net.Listener
+		var servers sync.WaitGroup
+		for range 4 {
+			servers.Go(func() {
+				if e, err := listenUnix(path, "", quiet); err == nil {
+					mu.Lock()
+					bound = append(bound, e.listeners...)
+					mu.Unlock()
+				}
+			})
+		}
+		servers.Wait()
+		for _, l := range bound {
+			l.Close()
+		}
+		os.Remove(path)
+		if len(bound) > 1 {
+			t.Fatalf("%d servers have bound to one socket", len(bound))
+		}
 	}
 }
