@@ -283,7 +283,7 @@ var ownOptions = []string{
 	"--bandwidth", "--check", "--check-only", "--check-writes", "--completion", "--drain-timeout", "--filter-any-release", "--filter-path",
 	"--health-read", "--healthcheck", "--list", "--log-format", "--man", "--max-bytes", "--max-bytes-per-connection",
 	"--max-connections", "--max-connections-per-address", "--max-requests", "--metrics", "--no-eh", "--no-extended-headers",
-	"--plugin-path", "--slow-ms", "--sparse-reads", "--strict-block-size", "--supervise",
+	"--plugin-path", "--send-timeout", "--slow-ms", "--sparse-reads", "--strict-block-size", "--supervise",
 }
 
 // Programs look for options and keys: none may be missing, whatever the release.

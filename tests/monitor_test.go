@@ -268,6 +268,22 @@ func TestLimits(t *testing.T) {
 			s.stop()
 		})
 	}
+	t.Run("a client that does not read", func(t *testing.T) {
+		t.Parallel()
+		s := start(t, nbdhost, tempDir(t), true, "--metrics=unix:DIR/http", "--max-bytes=32M", "--send-timeout=500ms", "memory", "32M")
+		stuck := s.hello(false)
+		stuck.read(1, 0, 32<<20) // more than the kernel holds for it
+		s.waitFor(`nbdhost_operations_total{command="read",export=""}`, 1)
+		c := s.hello(false)
+		c.read(2, 0, 1<<20)
+		c.want(2, 0)
+		if s.metrics()[`nbdhost_delayed_operations_total{limit="bytes"}`] != 1 {
+			t.Error("nothing had to wait for the client that does not read")
+		}
+		c.disc()
+		s.waitFor("nbdhost_connections", 0)
+		s.stop()
+	})
 	t.Run("connections", func(t *testing.T) {
 		t.Parallel()
 		s := start(t, nbdhost, tempDir(t), true, "--metrics=unix:DIR/http", "--max-connections-per-address=1", "memory", "2M")

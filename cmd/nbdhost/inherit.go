@@ -66,7 +66,7 @@ func listenOn(o *options, from string, fds []int) (_ *endpoint, err error) {
 		if err != nil {
 			return nil, fmt.Errorf("use descriptor %d of %s: %w: need a socket that listens", fd, from, err)
 		}
-		l, err := inheritListener(fd, o.keepalive)
+		l, err := inheritListener(fd, o)
 		if err != nil {
 			return nil, fmt.Errorf("use descriptor %d of %s: %w", fd, from, err)
 		}
@@ -79,7 +79,7 @@ func listenOn(o *options, from string, fds []int) (_ *endpoint, err error) {
 }
 
 // inheritListener takes descriptor fd over.
-func inheritListener(fd int, keepalive bool) (net.Listener, error) {
+func inheritListener(fd int, o *options) (net.Listener, error) {
 	if sa, err := unix.Getsockname(fd); err != nil {
 		return nil, err
 	} else if vm, ok := sa.(*unix.SockaddrVM); ok {
@@ -93,7 +93,11 @@ func inheritListener(fd int, keepalive bool) (net.Listener, error) {
 	defer f.Close() // FileListener has a copy
 	l, err := net.FileListener(f)
 	if tcp, ok := l.(*net.TCPListener); ok {
-		return &tcpListener{tcp, keepalive || set != 0}, nil
+		if err := setSendTimeout(fd, o.sendTimeout); err != nil {
+			l.Close()
+			return nil, err
+		}
+		return &tcpListener{tcp, o.keepalive || set != 0}, nil
 	}
 	return l, err
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math"
 	"net"
 	"net/netip"
 	"os"
@@ -13,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -158,7 +160,7 @@ func listenTCP(o *options, log *slog.Logger) (*endpoint, error) {
 	}
 	e := &endpoint{}
 	for try := 0; ; try++ {
-		e.listeners, err = bindTCP(addrs, port, o.keepalive, log)
+		e.listeners, err = bindTCP(addrs, port, o, log)
 		if port != 0 || try == freePortTries || !errors.Is(err, syscall.EADDRINUSE) {
 			break
 		}
@@ -243,10 +245,19 @@ func parseShort(s string) (netip.Addr, error) {
 
 // bindTCP binds a socket to each address, all to one port. Of several, those that this machine does not
 // have are left out, and, with a warning, those where somebody else has the port.
-func bindTCP(addrs []netip.Addr, port int, keepalive bool, log *slog.Logger) (list []net.Listener, err error) {
+func bindTCP(addrs []netip.Addr, port int, o *options, log *slog.Logger) (list []net.Listener, err error) {
 	free := port == 0
 	// With the kernel's times, which the administrator may set.
-	config := net.ListenConfig{KeepAlive: -1, KeepAliveConfig: net.KeepAliveConfig{Enable: keepalive, Idle: -1, Interval: -1, Count: -1}}
+	config := net.ListenConfig{KeepAlive: -1, KeepAliveConfig: net.KeepAliveConfig{Enable: o.keepalive, Idle: -1, Interval: -1, Count: -1}}
+	// Multipath TCP, which package net takes otherwise, would let clients do what neither nbdkit's
+	// can nor anybody has tried.
+	config.SetMultipathTCP(false)
+	config.Control = func(_, _ string, raw syscall.RawConn) (err error) {
+		if controlErr := raw.Control(func(fd uintptr) { err = setSendTimeout(int(fd), o.sendTimeout) }); controlErr != nil {
+			return controlErr
+		}
+		return err
+	}
 	var warnings []string
 	for i, a := range addrs {
 		network := "tcp4"
@@ -286,6 +297,21 @@ func bindTCP(addrs []netip.Addr, port int, keepalive bool, log *slog.Logger) (li
 		log.Warn(w)
 	}
 	return list, nil
+}
+
+// setSendTimeout has the kernel end connections that fd accepts, a socket of TCP, whose client has
+// taken nothing of what it was sent for d (tcp(7), TCP_USER_TIMEOUT). 0 leaves that to the kernel.
+func setSendTimeout(fd int, d time.Duration) error {
+	if d == 0 {
+		return nil
+	}
+	// In full milliseconds, of which 0 would be none.
+	ms := (min(d, math.MaxInt32*time.Millisecond) + time.Millisecond - 1) / time.Millisecond
+	err := unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT, int(ms))
+	if err == unix.ENOPROTOOPT {
+		return errors.New("option --send-timeout: got a socket of multipath TCP: need one of TCP")
+	}
+	return os.NewSyscallError("setsockopt", err)
 }
 
 // cause returns the system's error number where err has one: package net wraps

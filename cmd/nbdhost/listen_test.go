@@ -11,6 +11,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -19,18 +20,45 @@ import (
 
 var quiet = slog.New(slog.DiscardHandler)
 
-func keepalive(t *testing.T, c net.Conn) bool {
+// socketOption returns what a connection or listener has for an option of its socket.
+func socketOption(t *testing.T, c any, level, option int) (value int) {
 	t.Helper()
 	raw, err := c.(syscall.Conn).SyscallConn()
 	if err != nil {
 		t.Fatal(err)
 	}
-	var on int
-	raw.Control(func(fd uintptr) { on, err = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_KEEPALIVE) })
+	raw.Control(func(fd uintptr) { value, err = unix.GetsockoptInt(int(fd), level, option) })
 	if err != nil {
 		t.Fatal(err)
 	}
-	return on != 0
+	return value
+}
+
+func keepalive(t *testing.T, c net.Conn) bool {
+	t.Helper()
+	return socketOption(t, c, unix.SOL_SOCKET, unix.SO_KEEPALIVE) != 0
+}
+
+// listening returns a socket of TCP that listens, as another process hands it over.
+func listening(t *testing.T) (fd int) {
+	t.Helper()
+	var config net.ListenConfig
+	config.SetMultipathTCP(false)
+	l, err := config.Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	f, err := l.(*net.TCPListener).File()
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
+	fd, err = unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
+	f.Close()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fd
 }
 
 // accepted returns the server's end of a connection to l.
@@ -63,26 +91,13 @@ func TestKeepalive(t *testing.T) {
 	}
 	for _, socket := range []bool{false, true} {
 		for _, option := range []bool{false, true} {
-			l, err := net.Listen("tcp", "127.0.0.1:0")
-			if err != nil {
-				t.Fatal(err)
-			}
-			f, err := l.(*net.TCPListener).File()
-			if err != nil {
-				t.Fatal(err)
-			}
-			l.Close()
-			fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 3)
-			f.Close()
-			if err != nil {
-				t.Fatal(err)
-			}
+			fd := listening(t)
 			if socket {
 				if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1); err != nil {
 					t.Fatal(err)
 				}
 			}
-			inherited, err := inheritListener(fd, option)
+			inherited, err := inheritListener(fd, &options{keepalive: option})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -91,6 +106,42 @@ func TestKeepalive(t *testing.T) {
 				t.Errorf("an inherited socket with %v, --keepalive %v: got %v", socket, option, got)
 			}
 		}
+	}
+}
+
+// Connections have the timeout of --send-timeout, whoever made the socket.
+func TestSendTimeout(t *testing.T) {
+	for _, o := range []struct {
+		timeout time.Duration
+		want    int // in ms, as the kernel has it
+	}{{0, 0}, {time.Nanosecond, 1}, {1500 * time.Microsecond, 2}, {30 * time.Second, 30_000}, {1<<63 - 1, 1<<31 - 1}} {
+		e, err := listen(&options{port: "0", address: "127.0.0.1", family: "tcp", sendTimeout: o.timeout}, quiet)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer e.abandon()
+		inherited, err := inheritListener(listening(t), &options{sendTimeout: o.timeout})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer inherited.Close()
+		for _, l := range []net.Listener{e.listeners[0], inherited} {
+			if got := socketOption(t, accepted(t, l), unix.IPPROTO_TCP, unix.TCP_USER_TIMEOUT); got != o.want {
+				t.Errorf("%T, %v: got %d ms, need %d", l, o.timeout, got, o.want)
+			}
+		}
+	}
+}
+
+// Who wants multipath TCP gets TCP.
+func TestSinglePath(t *testing.T) {
+	e, err := listen(&options{port: "0", address: "127.0.0.1", family: "tcp"}, quiet)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer e.abandon()
+	if got := socketOption(t, e.listeners[0], unix.SOL_SOCKET, unix.SO_PROTOCOL); got != unix.IPPROTO_TCP {
+		t.Errorf("got protocol %d, need %d", got, unix.IPPROTO_TCP)
 	}
 }
 
@@ -111,7 +162,7 @@ func TestInheritListener(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got, err := inheritListener(fd, false)
+	got, err := inheritListener(fd, &options{})
 	if err != nil {
 		t.Fatal(err)
 	}

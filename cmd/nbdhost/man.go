@@ -133,6 +133,7 @@ var manualOptions = map[string]string{
 	"max-bytes":                   "What is read and written counts until the reply has been sent. Other requests wait.",
 	"max-bytes-per-connection":    "A single request is let through however long it is; 0 is no limit.",
 	"bandwidth":                   "As with the rate filter, zeroing and trimming do not count.",
+	"send-timeout":                "Then it is disconnected, and what its requests held is free again. Clients on other transports than TCP are not held to it. See TCP_USER_TIMEOUT in tcp(7).",
 	"metrics":                     "/metrics is for Prometheus, /livez answers as long as the process does, /readyz while clients are served.\nWho can reach the address can read all of it: give a HOST, such as 0.0.0.0, only where that is wanted.",
 	"health-read":                 "The read has a connection of its own, which opens the export of --exportname.",
 	"healthcheck":                 "For the health checks of containers.",

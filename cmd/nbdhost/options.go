@@ -31,15 +31,16 @@ type options struct {
 	args []string // the plugin's name, then its parameters
 
 	// Where to listen: on TCP unless something else is asked for.
-	unix      string // an absolute path; "-" for a private socket
-	port      string // a number or a service; "" for the default
-	address   string // a name or an address; "" for all
-	family    string // "tcp", "tcp4" or "tcp6"
-	vsock     bool
-	stdio     bool   // one connection, on standard input and output
-	inherited int    // sockets that are handed over (see inheritSockets)
-	keepalive bool   // of TCP
-	label     string // SELinux's, of sockets; "" for none
+	unix        string // an absolute path; "-" for a private socket
+	port        string // a number or a service; "" for the default
+	address     string // a name or an address; "" for all
+	family      string // "tcp", "tcp4" or "tcp6"
+	vsock       bool
+	stdio       bool          // one connection, on standard input and output
+	inherited   int           // sockets that are handed over (see inheritSockets)
+	keepalive   bool          // of TCP
+	sendTimeout time.Duration // of TCP; 0: the kernel's
+	label       string        // SELinux's, of sockets; "" for none
 
 	// What is served, and how.
 	readonly      bool
@@ -255,6 +256,7 @@ var optionTable = []option{
 		}},
 	{groupLimits, []string{"bandwidth"}, "", "RATE", "bits a second, such as 100M, for reads of an export, and as many for writes",
 		size(func(o *options) *int64 { return &o.limits.Bandwidth })},
+	{groupLimits, []string{"send-timeout"}, "", "TIME", "longest time for which a TCP client may take nothing of what it is sent (default: no limit)", delay(func(o *options) *time.Duration { return &o.sendTimeout })},
 
 	{groupTLS, []string{"tls"}, "", "MODE", "whether clients may use TLS: off, on, or require (they must)",
 		func(o *options, v string) (err error) { o.tls.mode, err = parseTLSMode(v); return err }},
@@ -609,7 +611,7 @@ var ownOptions = []string{
 	"bandwidth", "health-read", "healthcheck", "max-bytes", "max-bytes-per-connection", "max-connections",
 	"max-connections-per-address", "max-requests", "metrics",
 	"check", "check-only", "check-writes", "complete", "completion", "describe", "drain-timeout", "filter-any-release",
-	"filter-path", "list", "man", "no-eh", "plugin-path", "log-format", "slow-ms", "sparse-reads", "strict-block-size",
+	"filter-path", "list", "man", "no-eh", "plugin-path", "log-format", "send-timeout", "slow-ms", "sparse-reads", "strict-block-size",
 	"supervise",
 }
 
