@@ -33,7 +33,7 @@ say libraries; ldd /usr/bin/nbdhost | grep 'not found' || true
 say man; zcat /usr/share/man/man1/nbdhost.1.gz | sed -n 1p
 say copyright; grep -c '^The program contains' /usr/share/doc/nbdhost/copyright
 say bash; bash -n /usr/share/bash-completion/completions/nbdhost && echo fine
-dpkg -r nbdhost >/dev/null
+dpkg -P nbdhost >/dev/null
 say left; files >/tmp/after; diff /tmp/before /tmp/after || true
 say status; dpkg -s nbdhost 2>&1 | grep -c 'is not installed' || true
 `
@@ -91,6 +91,7 @@ func TestDebSystemd(t *testing.T) {
 			t.Log(in("journalctl --no-pager --lines=60"))
 		}
 	})
+	const links = "find /etc/systemd -name 'nbdhost@*'"
 	property := func(unit, name string) string {
 		t.Helper()
 		return in("systemctl show --property=" + name + " --value nbdhost@" + unit)
@@ -153,11 +154,16 @@ systemctl --quiet start nbdhost@own`)
 	if got := property("disk.service", "Result"); got != "success" {
 		t.Errorf("stop: got result %s, need success", got)
 	}
+	in("systemctl --quiet enable nbdhost@own.service nbdhost@disk.socket && test -n \"$(" + links + ")\"")
 	in("dpkg -r nbdhost 2>/dev/null >/dev/null")
 	if got := property("own.service", "ActiveState"); got != "inactive" {
 		t.Errorf("after the package has been removed: got state %s, need inactive", got)
 	}
 	if got := in("ls -A /run/nbdhost 2>/dev/null || true"); got != "" {
 		t.Errorf("after the package has been removed: got %s in /run/nbdhost", got)
+	}
+	in("dpkg -P nbdhost 2>/dev/null >/dev/null")
+	if got := in(links); got != "" {
+		t.Errorf("after the package has been purged: got %s", got)
 	}
 }
