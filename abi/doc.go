@@ -1,7 +1,7 @@
 // Package abi mirrors the C structs through which nbdkit modules
-// and the server meet: struct nbdkit_plugin and struct nbdkit_filter, and what
-// their callbacks take and return (nbdkit-plugin(3), API versions 1 and 2;
-// nbdkit-filter(3), of the releases that [CopyFilter] knows).
+// and the server meet: struct nbdkit_plugin and struct nbdkit_filter
+// (nbdkit-plugin(3), API versions 1 and 2; nbdkit-filter(3), of the releases that
+// [CopyFilter] knows).
 //
 // A module hands over a pointer to its struct once, from its *_init function;
 // [CopyPlugin] copies it, bounded by the size the module was compiled with, and

@@ -77,12 +77,12 @@ type Filter struct {
 	CanFlush     unsafe.Pointer
 	IsRotational unsafe.Pointer
 	CanTrim      unsafe.Pointer
-	CanZero      unsafe.Pointer // see [Zero]
+	CanZero      unsafe.Pointer // one of NBDKIT_ZERO_NONE, _EMULATE and _NATIVE
 	CanFastZero  unsafe.Pointer
 	CanExtents   unsafe.Pointer
-	CanFUA       unsafe.Pointer // see [FUA]
+	CanFUA       unsafe.Pointer // one of NBDKIT_FUA_NONE, _EMULATE and _NATIVE
 	CanMultiConn unsafe.Pointer
-	CanCache     unsafe.Pointer // see [Cache]
+	CanCache     unsafe.Pointer // one of NBDKIT_CACHE_NONE, _EMULATE and _NATIVE
 
 	Pread   unsafe.Pointer // int (handle, void *buf, uint32_t count, uint64_t offset, uint32_t flags, int *err)
 	Pwrite  unsafe.Pointer // int (handle, const void *buf, uint32_t count, uint64_t offset, uint32_t flags, int *err)

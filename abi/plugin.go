@@ -16,7 +16,7 @@ type Plugin struct {
 
 	StructSize  uint64
 	APIVersion  int32 // 1 or 2
-	ThreadModel int32 // compile-time maximum, see [ThreadModel]
+	ThreadModel int32 // compile-time maximum, NBDKIT_THREAD_MODEL_*
 
 	Name        CString
 	LongName    CString
@@ -53,7 +53,7 @@ type Plugin struct {
 	DumpPlugin unsafe.Pointer // void (void), no handle
 
 	CanZero unsafe.Pointer // int
-	CanFUA  unsafe.Pointer // int, see [FUA]
+	CanFUA  unsafe.Pointer // int, NBDKIT_FUA_*
 
 	// Data callbacks of API version 2, nil in version 1.
 	Pread  unsafe.Pointer // int (void *buf, uint32_t count, uint64_t offset, uint32_t flags)
@@ -68,7 +68,7 @@ type Plugin struct {
 
 	CanExtents unsafe.Pointer // int
 	Extents    unsafe.Pointer // int (uint32_t count, uint64_t offset, uint32_t flags, struct nbdkit_extents *)
-	CanCache   unsafe.Pointer // int, see [Cache]
+	CanCache   unsafe.Pointer // int, NBDKIT_CACHE_*
 	Cache      unsafe.Pointer // int (uint32_t count, uint64_t offset, uint32_t flags)
 
 	GetThreadModel unsafe.Pointer // .thread_model: int (void), no handle
@@ -132,9 +132,6 @@ const maxString = 1 << 20
 
 // CString is a pointer to a C string that the module owns.
 type CString struct{ p *byte }
-
-// IsNull says whether the pointer is NULL.
-func (s CString) IsNull() bool { return s.p == nil }
 
 // String copies the string, cut at 1 MiB. NULL gives "".
 func (s CString) String() string {

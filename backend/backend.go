@@ -18,7 +18,7 @@ const (
 	FastZero                   // zero: fail at once rather than be slow
 )
 
-// Modes that can_fua and can_cache return. FUA* and Cache* have the same values
+// Modes that can_fua and can_cache return. NBDKIT_FUA_* and NBDKIT_CACHE_* have the same values
 // in nbdkit's headers; can_zero of a [Session] uses them too.
 const (
 	None    = 0

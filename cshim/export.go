@@ -130,7 +130,7 @@ func SaveSignals() { C.nbdhost_signals_save() }
 // ones that had a handler (the Go runtime's) and the ones that stop the server get
 // their disposition back; other handlers of the module stay and run on the
 // alternate stack, without which the Go runtime aborts. Call it after .load,
-// .config, .get_ready, .after_fork and a plugin's .open.
+// .config, .config_complete, .get_ready, .after_fork and a plugin's .open.
 func RestoreSignals() { C.nbdhost_signals_restore() }
 
 // SetCommandLine puts args in the place of the arguments that the process was started

@@ -1,5 +1,5 @@
 // Package loader finds nbdkit modules, loads them into the process and serves
-// each as a [backend.Backend].
+// each as a [backend.Backend] or a [backend.Filter].
 //
 // [Find] turns a name into a file, [Open] loads a plugin from it and checks it,
 // [OpenFilter] does the same for a filter, of any release of nbdkit that package abi
@@ -24,6 +24,6 @@
 // server. Open records them before the module is loaded, and these are put back
 // (a module keeps its handlers of other signals, made fit for Go's threads) after
 // each step that is known to change them: the loading itself, .load, .config, .config_complete,
-// .get_ready, .after_fork and each .open. So os/signal must be set up
+// .get_ready, .after_fork and each .open of a plugin. So os/signal must be set up
 // before Open.
 package loader

@@ -9,7 +9,7 @@ import (
 // An Error says which module could not be found, opened or used, and why. Err
 // is or wraps one of the sentinels below, where one of them fits.
 type Error struct {
-	Op   string // "find plugin", "open plugin"
+	Op   string // "find plugin", "open plugin", and the same of a filter
 	Path string // the file, or the name that was looked up
 	Err  error
 }

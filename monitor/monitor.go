@@ -43,7 +43,8 @@ type Options struct {
 	// for no read. Export is what is read.
 	HealthRead time.Duration
 	Export     string
-	// Log receives what goes wrong with scrapes, at debug level; nil for nothing.
+	// Log receives what goes wrong with scrapes, at debug level, and the error that
+	// ends Serve; nil for nothing.
 	Log *slog.Logger
 }
 

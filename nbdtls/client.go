@@ -57,11 +57,7 @@ func clientHandshake(nc net.Conn, uri *protocol.URI) (Conn, error) {
 	default:
 		return nil, fmt.Errorf("got tls-verify-peer=%s, need true or false", verify)
 	}
-	dir, err := clientDirectory(uri.Params.Get("tls-certificates"))
-	if err != nil {
-		return nil, err
-	}
-	if dir != "" {
+	if dir := clientDirectory(uri.Params.Get("tls-certificates")); dir != "" {
 		path := filepath.Join(dir, caCert)
 		text, err := os.ReadFile(path)
 		if err != nil {
@@ -94,16 +90,16 @@ func clientHandshake(nc net.Conn, uri *protocol.URI) (Conn, error) {
 
 // clientDirectory returns given, or else the first default directory that has an
 // authority's certificate, or "".
-func clientDirectory(given string) (string, error) {
+func clientDirectory(given string) string {
 	if given != "" {
-		return given, nil
+		return given
 	}
 	for _, dir := range DefaultDirectories("libnbd") {
 		if _, err := os.Stat(filepath.Join(dir, caCert)); err == nil {
-			return dir, nil
+			return dir
 		}
 	}
-	return "", nil
+	return ""
 }
 
 func clientPSK(nc net.Conn, file, name string) (Conn, error) {

@@ -61,7 +61,6 @@ func FindCertificates() (string, error) {
 
 // A Server does the server's side of handshakes.
 type Server struct {
-	config Config
 	log    *slog.Logger
 	source source
 
@@ -87,7 +86,7 @@ type shaker interface {
 // NewServer reads the files of c. An error says which is missing or wrong, or that
 // GnuTLS is needed and not there.
 func NewServer(c Config) (*Server, error) {
-	s := &Server{config: c, log: c.Log}
+	s := &Server{log: c.Log}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}

@@ -6,6 +6,7 @@
 // the parts of it are:
 //
 //	section of the specification               here
+//	Oldstyle negotiation                       OldstyleGreeting
 //	Newstyle negotiation                       Greeting, ClientFlags, OptionHeader, ExportNameReply
 //	Fixed newstyle negotiation                 OptionReplyHeader
 //	Request message, extended                  Request
@@ -24,7 +25,7 @@
 //	Error values                               Errno, ErrnoOf, ErrnoFor
 //	URI format (uri.md)                        URI
 //
-// Every message has a pair of methods. AppendTo appends its bytes to a slice
+// Every message has a pair of methods, but for OldstyleGreeting, which is never decoded. AppendTo appends its bytes to a slice
 // and does not allocate if that has room. Decode reads it from a slice: a
 // header of fixed size from the slice's start, anything else from all of it.
 // Decode checks each length before it uses it, keeps nothing of the slice,

@@ -1,8 +1,7 @@
 package protocol
 
 // Limits of this implementation. A peer that exceeds one gets an error; none
-// of them is negotiated, except that MaxRequestLength is what the server
-// advertises as its maximum block size.
+// of them is negotiated.
 const (
 	// MaxStringLength is the longest string in bytes, as the specification
 	// sets it ("Conventions").
@@ -26,7 +25,8 @@ const (
 	// MaxExports is how many exports one NBD_OPT_LIST answers with.
 	MaxExports = 10000
 
-	// MaxExtents is how many descriptors one block status chunk carries.
+	// MaxExtents is how many descriptors a block status chunk may have to be
+	// decoded. The server sends fewer (backend.MaxExtents).
 	MaxExtents = 1 << 20
 
 	// MaxBlockStatusRequest is the longest payload in bytes of an

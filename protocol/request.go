@@ -123,7 +123,7 @@ func (n *Negotiated) DecodeRequest(r *Request, b []byte) error {
 	return r.Decode(b)
 }
 
-// AppendChunk appends the header of a chunk that answers a request at offset.
+// AppendChunk appends h in the form that was negotiated.
 func (n *Negotiated) AppendChunk(b []byte, h *ChunkHeader) []byte {
 	if n.ExtendedHeaders {
 		return h.AppendExtendedTo(b)

@@ -35,7 +35,7 @@ type conn struct {
 	sender sender
 
 	// What the handshake settled.
-	secure     TLSConn // over nc; nil without TLS
+	secure     TLSConn // over sock; nil without TLS
 	session    *backend.Session
 	negotiated protocol.Negotiated
 	sparse     SparseReads

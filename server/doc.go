@@ -26,7 +26,7 @@
 // processors (procs.go). The last request in hand stays with the reader, if few calls are under
 // way; its connection goes to another goroutine when the client sends more (guard.go). A call
 // that was expected to be short and is not loses the connection: the watcher (watch.go)
-// hands the connection to a new goroutine at its second look, after two to sixteen
+// hands the connection to a new goroutine at its second look, after one to sixteen
 // milliseconds, together with the replies that wait to be sent and the requests that wait
 // to be run. So one slow request never holds up the others. Where threads wait for
 // processors (contention.go) a long call is not taken for a slow one.
@@ -45,7 +45,8 @@
 // large, until their replies are sent; a buffer of input, which is for the request under way or of
 // 3 MiB at most, at most Options.Threads small requests that were taken for short, or a burst of
 // them, and 1 MiB of small replies behind them. Then no more calls are made for it. Block status
-// is bounded by the number of calls, and each by backend.MaxExtents.
+// is bounded by the number of calls, each by backend.MaxExtents, and by the module's own list of 2^20
+// extents while it lasts.
 //
 // # Limits and figures
 //
@@ -56,8 +57,8 @@
 // for calls only, with the turn that the thread model gives: no client can hold it.
 //
 // [Server.Stats] adds up what tasks have counted (stats.go). A task counts in memory of
-// its own and tells its connection before it sends; a request costs no atomic operation
-// and no reading of the clock. [Server.Probe] is a health check's read (probe.go).
+// its own and tells its connection before it sends: of requests that are in hand together none
+// costs an atomic operation or a reading of the clock for that. [Server.Probe] is a health check's read (probe.go).
 //
 // # Who owns what
 //

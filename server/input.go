@@ -15,7 +15,7 @@ import (
 const (
 	pageSize = 4096
 	// receiveSize is how far into its buffer an input receives, unless one request needs
-	// more: enough for 64 writes of 4 KiB, and still in the processor's cache.
+	// more: enough for some 60 writes of 4 KiB, and still in the processor's cache.
 	receiveSize = 256 << 10
 	// inputSize has room behind that for the rest of a request that begins there. To
 	// move what there is of one to the front costs less than to receive once more

@@ -34,9 +34,8 @@ func (b *batch) release() {
 	*b = batch{}
 }
 
-// claim tells whether n more bytes, which are a reply of head bytes and its
-// payload, can be added now. There is nothing of another client's
-// in them, for a module that leaves some of them as they are.
+// claim tells whether n more bytes can be added now. There is nothing of another
+// client's in them, for a module that leaves some of them as they are.
 func (b *batch) claim(owner uint64, n int) bool {
 	if b.buf == nil || b.end+n > len(b.buf.B) {
 		return false

@@ -25,10 +25,11 @@ type Options struct {
 	// Log receives what there is to say; nil for nothing. Records carry the
 	// attributes "conn", which counts connections from 1, "peer" where the client
 	// has an address, "export" once it is known, and "worker", which counts a
-	// connection's workers from 0 and is absent in a handshake. Those about a
-	// request have "command", "cookie", "offset", "length", and where they apply
-	// "errno" and "module". That clients come and go, and that requests fail, is
-	// said at slog.LevelInfo.
+	// connection's workers from 0 and is absent in a handshake, and where requests of
+	// a connection are never carried out side by side. Those about a request have
+	// "command", "cookie", "offset", "length", and where they apply "errno", "module",
+	// and "ms" and "unlogged" (SlowRequest). That clients come ("tls") and go
+	// ("seconds"), and that requests fail, is said at slog.LevelInfo.
 	Log *slog.Logger
 	// NoStructuredReplies, NoExtendedHeaders and NoMetaContexts refuse these
 	// options; without structured replies there are no extended headers either.

@@ -44,7 +44,7 @@ var checkedPlugins = []struct {
 	{args: []string{"random", "16M"}, finds: []string{"write.data"}, remark: "by design: other data than its own is refused"},
 	{args: []string{"sh", "DIR/disk.sh"}},
 	{args: []string{"sparse-random", "64M", "seed=1"}, finds: []string{"write.data"}, remark: "by design: other data than its own is refused"},
-	{args: []string{"split", "DIR/image"}, leave: []string{"cache.data", "zero.no_hole"}, remark: "two defects: see there"},
+	{args: []string{"split", "DIR/image"}, leave: []string{"cache.data", "zero.no_hole"}, remark: "two defects, whose checks are left out: see there"},
 	{args: []string{"tmpdisk", "16M"}, finds: []string{"read.connections", "write.fua", "flush.data", "disconnect.in_flight"}, remark: "by design: each connection has a disk of its own, which is gone with it"},
 	{args: []string{"zero"}},
 }

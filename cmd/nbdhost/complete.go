@@ -122,14 +122,13 @@ func optionCandidates() (list []candidate) {
 		if o.group == "" {
 			continue
 		}
-		help, _, _ := strings.Cut(o.help, "\n")
 		suffix := ""
 		if o.arg != "" {
 			suffix = "="
 		}
-		list = append(list, candidate{"--" + o.names[0] + suffix, help})
+		list = append(list, candidate{"--" + o.names[0] + suffix, o.help})
 		if o.short != "" {
-			list = append(list, candidate{"-" + o.short, help})
+			list = append(list, candidate{"-" + o.short, o.help})
 		}
 	}
 	return list
@@ -152,6 +151,12 @@ func values(opt *option, prefix string, o *options) (list []candidate) {
 		words = []string{logDefault, logStderr, logSyslog, logNull, filesWanted}
 	case "tls":
 		words = []string{tlsOff, tlsOn, tlsRequire}
+	case "log-format":
+		words = []string{logText, logJSON}
+	case "sparse-reads":
+		words = []string{"auto", "always", "never"}
+	case "check":
+		words = []string{"text", "tap", "json"}
 	case "completion":
 		words = []string{"bash", "fish", "zsh"}
 	case "unix", "pidfile", "tls-psk", "tls-certificates", "plugin-path", "filter-path":

@@ -20,7 +20,6 @@ import (
 
 // A description is what --list and --complete want to know about a module.
 type description struct {
-	Kind                 string
 	Name, Version        string
 	LongName             string
 	Description          string
@@ -148,7 +147,7 @@ func describeFilter(w io.Writer, o *options) error {
 		return err
 	}
 	return json.NewEncoder(w).Encode(description{
-		Kind: loader.FilterKind.String(), Name: f.Name(), Version: f.Version(), LongName: f.LongName(),
+		Name: f.Name(), Version: f.Version(), LongName: f.LongName(),
 		Description: f.Description(), ConfigHelp: f.ConfigHelp(),
 	})
 }
@@ -171,7 +170,7 @@ func describe(w io.Writer, o *options) error {
 		return err
 	}
 	return json.NewEncoder(w).Encode(description{
-		Kind: loader.PluginKind.String(), Name: p.Name(), Version: p.Version(), LongName: p.LongName(),
+		Name: p.Name(), Version: p.Version(), LongName: p.LongName(),
 		Description: p.Description(), ConfigHelp: p.ConfigHelp(), MagicKey: p.MagicConfigKey(), Script: found.Script,
 	})
 }
