@@ -40,7 +40,11 @@ type BlockSize struct {
 
 // A Module is what plugins and filters have in common. It performs the callbacks
 // that Has reports and is never asked for another; what is to be done instead is
-// the business of [Layer] and [Session]. Errors are of type *Error.
+// the business of [Layer] and [Session].
+//
+// Errors are of type *Error; any other one counts as the server's own in logs and figures. The client
+// gets the [syscall.Errno] that is in an error, or EIO, and with structured replies the text. A panic ends
+// the process, as one in any goroutine does.
 type Module interface {
 	// Name is the module's own name, such as "file".
 	Name() string
@@ -67,12 +71,12 @@ type Module interface {
 	DefaultExport(c *Call, readonly bool) (name string, ok bool)
 }
 
-// A Backend is the innermost module of a chain, which holds the data.
-//
-// All implementations but [Mem] are in package loader.
+// A Backend is the innermost module of a chain, which holds the data: a plugin that package
+// loader has loaded, [Mem], or one that a Go program brings.
 type Backend interface {
 	Module
-	// Open is given the export name after the default one was resolved.
+	// Open is given the export name after the default one was resolved. Without an error it
+	// returns a Handle.
 	Open(c *Call, readonly bool, export string) (Handle, error)
 }
 
@@ -109,20 +113,22 @@ type FilterHandle interface {
 type Handle interface {
 	Close(c *Call)
 
+	// GetSize returns bytes, at least 0.
 	GetSize(c *Call) (int64, error)
 	ExportDescription(c *Call) (string, bool)
 	BlockSize(c *Call) (BlockSize, error)
 	// Can asks one of CanWrite ... CanCache and returns what the module said.
 	Can(c *Call, cb Callback) (int, error)
 
-	// The data calls. p is the callee's for the call only. A backend in C is
+	// The data calls, for n bytes or all of p, off bytes into the export, and within its size. p is
+	// the callee's for the call only. A backend in C is
 	// given memory outside Go's heap (see [GetBuffer]) wherever speed matters.
 	Pread(c *Call, p []byte, off uint64) error
 	Pwrite(c *Call, p []byte, off uint64, flags Flags) error
 	Flush(c *Call) error
 	Trim(c *Call, n uint32, off uint64, flags Flags) error
 	Zero(c *Call, n uint32, off uint64, flags Flags) error
-	// Extents adds to x, which covers [off, size of the export).
+	// Extents adds to x, which covers [off, size of the export), and returns the errors of that.
 	Extents(c *Call, n uint32, off uint64, flags Flags, x *Extents) error
 	Cache(c *Call, n uint32, off uint64) error
 }

@@ -161,6 +161,9 @@ func (l *Layer) Open(c *Call, readonly bool, export string) (*Session, error) {
 	} else {
 		s.handle, err = l.plugin.Open(c, readonly, export)
 	}
+	if err == nil && s.handle == nil {
+		err = reported(c, &Error{Module: l.Name(), Op: Open.String(), Errno: syscall.EIO, Msg: "got neither a handle nor an error: need one of them"})
+	}
 	if err != nil {
 		l.chain.traceCall(c, "%s: open returned handle (nil)", l.Name())
 		if next := s.next.Load(); next != nil {

@@ -335,3 +335,16 @@ func TestCutExtents(t *testing.T) {
 		}
 	}
 }
+
+type handless struct{ *Mem }
+
+func (handless) Open(*Call, bool, string) (Handle, error) { return nil, nil }
+
+// A module that opens nothing and does not say so is not called for it.
+func TestNoHandle(t *testing.T) {
+	ch := NewChain(handless{NewMem(1)}, nil, Trace{})
+	s, err := ch.Open((&Conn{FD: -1}).Call(Handshake), false, "")
+	if s != nil || !errors.Is(err, syscall.EIO) || !strings.Contains(err.Error(), "neither a handle nor an error") {
+		t.Errorf("got %v and %v", s, err)
+	}
+}

@@ -71,8 +71,9 @@ type conn struct {
 
 func newConn(s *Server, id uint64, nc net.Conn) *conn {
 	c := &conn{s: s, id: id, owner: backend.NewOwner(), log: s.log.With("conn", id)}
-	if peer := nc.RemoteAddr().String(); peer != "" && peer != "@" { // a Unix socket's has no name
-		c.log = c.log.With("peer", peer)
+	// There is no address where the client has gone already, and no name of a Unix socket's.
+	if peer := nc.RemoteAddr(); peer != nil && peer.String() != "" && peer.String() != "@" {
+		c.log = c.log.With("peer", peer.String())
 	}
 	c.sock.init(nc)
 	// It stays valid as long as calls are made: it is closed after the last one.

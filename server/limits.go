@@ -332,10 +332,11 @@ func (t *task) endTurn() {
 
 // address is what ConnectionsPerAddress goes by; "" for none.
 func address(nc net.Conn) string {
-	if _, ok := nc.RemoteAddr().(*net.UnixAddr); ok {
-		return "" // whatever the client has called its socket
+	peer := nc.RemoteAddr()
+	if _, ok := peer.(*net.UnixAddr); ok || peer == nil {
+		return "" // whatever the client has called its socket; or it has gone already
 	}
-	host, _, err := net.SplitHostPort(nc.RemoteAddr().String())
+	host, _, err := net.SplitHostPort(peer.String())
 	if err != nil {
 		return ""
 	}

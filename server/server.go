@@ -3,8 +3,10 @@ package server
 import (
 	"errors"
 	"log/slog"
+	"maps"
 	"net"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -15,7 +17,8 @@ import (
 
 // Options say what to serve and how.
 type Options struct {
-	// Chain is ready to serve: after_fork has been called.
+	// Chain is ready to serve: after_fork has been called. It is this server's alone, which
+	// sees to its thread model.
 	Chain *backend.Chain
 	// ReadOnly opens every export read-only (nbdkit -r).
 	ReadOnly bool
@@ -123,7 +126,8 @@ type Server struct {
 	accepted  uint64
 	addresses map[string]int
 	open      sync.WaitGroup // connections; Add only under mu and before quit
-	socks     map[net.Listener]struct{}
+	accepting sync.WaitGroup // Serves, and drain; likewise
+	listeners map[*net.Listener]struct{}
 }
 
 // New returns a server for o.Chain.
@@ -162,7 +166,7 @@ func New(o Options) *Server {
 		quit:      make(chan struct{}),
 		conns:     map[uint64]*conn{},
 		addresses: map[string]int{},
-		socks:     map[net.Listener]struct{}{},
+		listeners: map[*net.Listener]struct{}{},
 		requests:  newBudget(int64(o.Limits.Requests)),
 		bytes:     newBudget(o.Limits.Bytes),
 	}
@@ -172,20 +176,25 @@ func New(o Options) *Server {
 }
 
 // Serve accepts connections on l until Shutdown, then returns nil. It closes l.
-// An error is one of Accept that will not pass.
+// An error is one of Accept that will not pass, such as [net.ErrClosed] where somebody
+// else has closed l, which takes that listener away and leaves its connections.
 func (s *Server) Serve(l net.Listener) error {
-	defer l.Close()
 	s.mu.Lock()
-	s.socks[l] = struct{}{}
+	if s.quitting() {
+		s.mu.Unlock()
+		l.Close()
+		return nil
+	}
+	s.accepting.Add(1)
+	s.listeners[&l] = struct{}{}
 	s.mu.Unlock()
 	defer func() {
 		s.mu.Lock()
-		delete(s.socks, l)
+		delete(s.listeners, &l)
 		s.mu.Unlock()
+		l.Close()
+		s.accepting.Done()
 	}()
-	if s.quitting() {
-		return nil
-	}
 	for {
 		nc, err := l.Accept()
 		if err != nil {
@@ -216,7 +225,9 @@ func passing(err error) bool {
 	return !errors.Is(err, net.ErrClosed) && errors.As(err, &t) && t.Temporary()
 }
 
-// ServeConn serves one connection and returns when it is over. It closes nc.
+// ServeConn serves one connection and returns when it is over. It closes nc, which nobody else may
+// use from here on: data goes past it where it is a socket ([Socket]), and a busy connection is moved
+// to a descriptor of its own, so that to close nc would not end it. Shutdown does.
 func (s *Server) ServeConn(nc net.Conn) {
 	if c := s.admit(nc, false); c != nil {
 		c.over = make(chan struct{})
@@ -295,6 +306,7 @@ func (s *Server) quitting() bool {
 func (s *Server) Shutdown() {
 	s.shutdown.Do(func() {
 		s.stop = time.Now().Add(lastWords)
+		s.accepting.Add(1)
 		close(s.quit)
 		// Not here: this may be a thread of a module's, in a callback.
 		go s.drain()
@@ -302,20 +314,24 @@ func (s *Server) Shutdown() {
 }
 
 func (s *Server) drain() {
+	defer s.accepting.Done()
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	for l := range s.socks {
-		l.Close()
+	listeners, conns := slices.Collect(maps.Keys(s.listeners)), slices.Collect(maps.Values(s.conns))
+	s.mu.Unlock()
+	// Without mu: the caller's listeners and connections may do anything.
+	for _, l := range listeners {
+		(*l).Close()
 	}
-	for _, c := range s.conns {
+	for _, c := range conns {
 		c.sock.wake(lastWords)
 	}
 }
 
-// Wait waits, after Shutdown, until every connection has been closed. Those that
-// are still there after DrainTimeout are cut off: their clients get no answer
-// any more. It returns false where a call into the chain has not come back even
-// lastWords later; then the chain must not be touched any more.
+// Wait waits for Shutdown, and then until every connection has been closed and every Serve
+// is about to return, so that its address is free. Connections that are still there after
+// DrainTimeout are cut off: their clients get no answer any more. It returns false where a call
+// into the chain, or Accept, has not come back even a second later; then the chain must not be
+// touched any more. Clients without a request in flight are cut off a second after Shutdown.
 func (s *Server) Wait() bool {
 	<-s.quit
 	// Who was being admitted when quit was closed is counted once mu is free.
@@ -323,6 +339,7 @@ func (s *Server) Wait() bool {
 	closed := make(chan struct{})
 	s.mu.Unlock()
 	go func() {
+		s.accepting.Wait()
 		s.open.Wait()
 		close(closed)
 	}()
@@ -332,10 +349,11 @@ func (s *Server) Wait() bool {
 	case <-time.After(s.opts.DrainTimeout):
 	}
 	s.mu.Lock()
-	for _, c := range s.conns {
+	conns := slices.Collect(maps.Values(s.conns))
+	s.mu.Unlock()
+	for _, c := range conns {
 		c.disconnect(true)
 	}
-	s.mu.Unlock()
 	select {
 	case <-closed:
 		return true

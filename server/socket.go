@@ -30,12 +30,31 @@ type socket struct {
 	resting bool // nc has the deadline of rest; of who has the connection
 }
 
+// A Socket is a connection of a type that this package does not know, of which it may use the
+// descriptor as it does that of a [net.TCPConn] or [net.UnixConn]: Read and Write do nothing but receive from it
+// and send to it. What wraps a connection to do more is none, even where it has a SyscallConn
+// that is the inner one's.
+type Socket interface {
+	net.Conn
+	syscall.Conn
+	Socket()
+}
+
 func (s *socket) init(nc net.Conn) {
 	s.nc, s.fd = nc, -1
-	if sc, ok := nc.(syscall.Conn); ok {
-		if raw, err := sc.SyscallConn(); err == nil {
-			s.raw = raw
-		}
+	var sc syscall.Conn
+	switch nc := nc.(type) {
+	case *net.TCPConn:
+		sc = nc
+	case *net.UnixConn:
+		sc = nc
+	case Socket:
+		sc = nc
+	default:
+		return
+	}
+	if raw, err := sc.SyscallConn(); err == nil {
+		s.raw = raw
 	}
 }
 

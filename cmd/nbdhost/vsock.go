@@ -125,3 +125,4 @@ type fileConn struct {
 
 func (c *fileConn) LocalAddr() net.Addr  { return c.local }
 func (c *fileConn) RemoteAddr() net.Addr { return c.remote }
+func (c *fileConn) Socket()              {} // makes it a server.Socket
