@@ -178,11 +178,17 @@ func (c *Call) attributes() []slog.Attr {
 	return []slog.Attr{slog.String("command", c.Request.Command), slog.Uint64("cookie", c.Request.Cookie)}
 }
 
+var connIDs atomic.Uint64
+
+// NewConnID returns a number for [Conn.ID]: the process's connections count from 1, whichever server has
+// them, since modules do not know of servers.
+func NewConnID() uint64 { return connIDs.Add(1) }
+
 // A Conn is what modules may know of a connection and do to it. The server makes
 // one for each connection and sets the fields before the first call; TLS and the
 // like change only between calls.
 type Conn struct {
-	ID  uint64 // counts connections from 1
+	ID  uint64 // of NewConnID; 0 for no client's
 	FD  int    // the socket, for questions about the peer; -1 if there is none
 	TLS bool   // TLS has been negotiated
 

@@ -3,7 +3,6 @@ package backend
 import (
 	"math/bits"
 	"sync"
-	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 )
@@ -18,11 +17,6 @@ type Buffer struct {
 	clean   int    // behind it lies what others have left
 	claimed bool   // since GetBuffer
 }
-
-var owners atomic.Uint64
-
-// NewOwner returns a number for [Buffer.Claim] that nobody has.
-func NewOwner() uint64 { return owners.Add(1) }
 
 const (
 	minBufferShift = 16 // 64 KiB

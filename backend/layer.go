@@ -2,6 +2,7 @@ package backend
 
 import (
 	"fmt"
+	"slices"
 	"syscall"
 )
 
@@ -93,6 +94,7 @@ func (l *Layer) listExports(c *Call, readonly bool) ([]Export, error) {
 		if list, useDefault, err = l.module.ListExports(c, readonly); err != nil {
 			return nil, err
 		}
+		list = slices.DeleteFunc(list, func(e Export) bool { return len(e.Name) > MaxString || len(e.Description) > MaxString })
 	}
 	if useDefault {
 		if name, ok := l.DefaultExport(c, readonly); ok {

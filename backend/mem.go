@@ -8,14 +8,22 @@ import (
 const pageSize = 64 << 10
 
 // Mem is a sparse disk in memory: a complete Backend without C, for tests and
-// for embedders. Its data outlives connections, which all see the same.
+// for embedders. Its data outlives connections, which all see the same. Only what
+// is written takes memory: a zero frees some where it may trim, and never takes any.
+//
+// Of a chain's life cycle it needs no step: those from [Chain.Load] to
+// [Chain.AfterFork], [Chain.Cleanup] and [Chain.Unload] may be left out, and what
+// [NewChain] returns can be served at once. [Chain.Config] fails with [ErrNoConfig]. A
+// chain with filters, or around a backend that adds callbacks of the life cycle to a
+// Mem, needs all steps, in order.
 type Mem struct {
 	size  uint64
 	mu    sync.RWMutex
 	pages map[uint64]*[pageSize]byte // by offset / pageSize; absent reads as zeroes
+	most  int                        // pages there have been at once: a map does not shrink, and takes as long to walk
 }
 
-// NewMem returns a disk of size bytes, all zero.
+// NewMem returns a disk of size bytes, 0 to 2^63-1, all zero.
 func NewMem(size uint64) *Mem {
 	return &Mem{size: size, pages: map[uint64]*[pageSize]byte{}}
 }
@@ -92,6 +100,7 @@ func (h memHandle) Pwrite(_ *Call, p []byte, off uint64, _ Flags) error {
 		if data == nil {
 			data = new([pageSize]byte)
 			h.pages[page] = data
+			h.most = max(h.most, len(h.pages))
 		}
 		copy(data[from:to], p[done:])
 	})
@@ -104,20 +113,32 @@ func (h memHandle) Trim(c *Call, n uint32, off uint64, flags Flags) error {
 	return h.Zero(c, n, off, flags|MayTrim)
 }
 
+// Zero leaves absent what is, also where it may not trim: it makes no hole, and a
+// client that sends no data must not be able to fill the memory.
 func (h memHandle) Zero(_ *Call, n uint32, off uint64, flags Flags) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	pieces(uint64(n), off, func(page, from, to, _ uint64) {
+	zero := func(page, from, to, _ uint64) {
 		switch data := h.pages[page]; {
-		case data == nil && flags&MayTrim == 0:
-			h.pages[page] = new([pageSize]byte)
 		case data == nil:
 		case to-from == pageSize && flags&MayTrim != 0:
 			delete(h.pages, page)
 		default:
 			clear(data[from:to])
 		}
-	})
+	}
+	if int(n/pageSize) <= h.most {
+		pieces(uint64(n), off, zero)
+		return nil
+	}
+	// The others wait for the lock: absent pages must not be looked for one by one.
+	for page := range h.pages {
+		start := page * pageSize
+		from, to := max(start, off), min(start+pageSize, off+uint64(n))
+		if from < to {
+			zero(page, from-start, to-start, 0)
+		}
+	}
 	return nil
 }
 

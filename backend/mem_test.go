@@ -92,6 +92,63 @@ func TestMemExtents(t *testing.T) {
 	}
 }
 
+// A zero touches what is in its range, whichever way it finds the pages, and those that
+// are absent stay so.
+func TestMemZero(t *testing.T) {
+	const size = 1<<63 - 1
+	// Half of page 1 to half of page 1000.
+	const off, n = pageSize + pageSize/2, 999 * pageSize
+	written := []uint64{0, 1, 2, 500, 1000, 1001}
+	for _, tt := range []struct {
+		name string
+		most int
+		zero func(*Session, *Call) error
+		left int // pages
+	}{
+		{"zero, by the pages there are", 0, func(s *Session, c *Call) error { return s.Zero(c, n, off, 0) }, 6},
+		{"zero, by the range", 1000, func(s *Session, c *Call) error { return s.Zero(c, n, off, 0) }, 6},
+		{"zero that may trim, by the pages there are", 0, func(s *Session, c *Call) error { return s.Zero(c, n, off, MayTrim) }, 4},
+		{"zero that may trim, by the range", 1000, func(s *Session, c *Call) error { return s.Zero(c, n, off, MayTrim) }, 4},
+		{"trim, by the pages there are", 0, func(s *Session, c *Call) error { return s.Trim(c, n, off, 0) }, 4},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			m := NewMem(size)
+			c := newCall()
+			s, err := NewChain(m, nil, Trace{}).Open(c, false, "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, page := range written {
+				if err := s.Pwrite(c, bytes.Repeat([]byte{1}, pageSize), page*pageSize, 0); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if m.most != len(written) {
+				t.Errorf("got %d pages at most, need %d", m.most, len(written))
+			}
+			m.most += tt.most
+			if err := tt.zero(s, c); err != nil {
+				t.Fatal(err)
+			}
+			if len(m.pages) != tt.left {
+				t.Errorf("got %d pages, need %d", len(m.pages), tt.left)
+			}
+			got := make([]byte, pageSize)
+			for _, page := range written {
+				if err := s.Pread(c, got, page*pageSize); err != nil {
+					t.Fatal(err)
+				}
+				for i, b := range got {
+					at := page*pageSize + uint64(i)
+					if want := at < off || at >= off+n; (b == 1) != want {
+						t.Fatalf("got %d at %d of page %d", b, i, page)
+					}
+				}
+			}
+		})
+	}
+}
+
 // Connections that share the disk may do so at the same time.
 func TestMemInParallel(t *testing.T) {
 	ch := NewChain(NewMem(1<<20), nil, Trace{})

@@ -133,27 +133,30 @@ type Result struct {
 	Notes   []string `json:"notes,omitempty"` // facts worth knowing
 }
 
-// A Plugin is what the checks ask a loaded plugin for; *loader.Plugin is one.
+// A Plugin is what the checks ask a loaded plugin for; *loader.Plugin is one. A
+// backend in Go becomes one with API version 2, and 0 or "" for what only a file has.
 type Plugin interface {
 	backend.Backend
-	APIVersion() int
+	APIVersion() int    // 1 or 2
 	StructSize() uint64 // bytes, as the plugin has it
 	Version() string
 	ConfigHelp() string
 	MagicConfigKey() string
 }
 
-// A Subject is a plugin under check. It is used for one Run.
+// A Subject is a plugin under check. It is used for one Run. Open, Serving, Start and
+// Stop are needed.
 type Subject struct {
-	// Path is the plugin's shared library.
+	// Path is the plugin's shared library; "" for a backend in Go.
 	Path string
 	// Open loads it. It is called once.
 	Open func() (Plugin, error)
-	// Serving calls serve, within which all connections are opened and closed.
+	// Serving calls serve, once, within which all connections are opened and closed, and
+	// returns after it. Only a plugin in C may want more, such as the main thread.
 	Serving func(serve func())
 	// Start configures it and makes it ready to serve, as a server would; it is
 	// called once, after Open. Stop undoes it, with .cleanup and .unload; it is
-	// called once where Start was, after every connection has been closed.
+	// called once where Start was, even in vain, after every connection has been closed.
 	Start func() (*backend.Chain, error)
 	Stop  func()
 	// Filters are name and version of each filter, outermost first; Start may set
@@ -188,9 +191,18 @@ func (s *Subject) notef(format string, args ...any) {
 	s.notes = append(s.notes, fmt.Sprintf(format, args...))
 }
 
-// Run runs the named checks. It tells begin of each before it runs, and end of its
-// result. Whatever the names are, the plugin is loaded, started and stopped.
-func (s *Subject) Run(names []string, begin func(name string), end func(Result)) {
+// Run runs the checks that patterns name, as they do for [Select]. It tells begin of
+// each before it runs, and end of its result. Whatever the patterns are, the plugin is
+// loaded, started and stopped. It returns an error where a pattern names no check or the
+// subject lacks a function, and then has called nothing; that a check fails is none.
+func (s *Subject) Run(patterns []string, begin func(name string), end func(Result)) error {
+	names, err := Select(patterns)
+	if err != nil {
+		return err
+	}
+	if err := s.complete(); err != nil {
+		return err
+	}
 	run := func(checks []Check) {
 		for i := range checks {
 			c := &checks[i]
@@ -220,6 +232,20 @@ func (s *Subject) Run(names []string, begin func(name string), end func(Result))
 	if s.stuck == nil {
 		run(Checks[last:])
 	}
+	return nil
+}
+
+// complete says which function the subject lacks.
+func (s *Subject) complete() error {
+	for _, f := range []struct {
+		name string
+		is   bool
+	}{{"Open", s.Open != nil}, {"Serving", s.Serving != nil}, {"Start", s.Start != nil}, {"Stop", s.Stop != nil}} {
+		if !f.is {
+			return fmt.Errorf("run checks: got a Subject without %s: need Open, Serving, Start and Stop", f.name)
+		}
+	}
+	return nil
 }
 
 // Needed tells whether no later check can run without this one.

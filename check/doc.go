@@ -5,7 +5,8 @@
 // [Subject.Run] goes through the table in order: first what the file says, then
 // the plugin is opened, configured and asked, then it is served, in process, to
 // package client, over socket pairs and a Unix socket. Every check opens the
-// connections that it needs, and has closed them when it returns.
+// connections that it needs, and has closed them when it returns. A backend in Go is
+// held to the same promises (see the example of [Subject.Run]).
 //
 // Nothing is modified unless Subject.Writes is set: without it the plugin is
 // opened read-only. With it the middle and the end of the export are written to,

@@ -45,6 +45,9 @@ var releases = map[string]int{
 // fileSymbols looks at what the file wants from the server. It does so without
 // loading it: a symbol that nobody has keeps it from being loaded.
 func (s *Subject) fileSymbols() error {
+	if s.Path == "" {
+		return skipf("there is no file")
+	}
 	f, err := elf.Open(s.Path)
 	if err != nil {
 		return skipf("the file cannot be read as ELF: %v", err)

@@ -30,6 +30,7 @@ var (
 	ErrStaticTLS       = errors.New("no memory left for thread-local variables of libraries")
 	ErrVersion         = abi.ErrAPIVersion
 	ErrFilterRelease   = abi.ErrFilterRelease
+	ErrInUse           = errors.New("the plugin is in use")
 	ErrMissingCallback = errors.New("missing callback")
 	ErrInvalid         = errors.New("invalid struct of the module")
 	ErrStructSize      = abi.ErrStructSize

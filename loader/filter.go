@@ -14,7 +14,7 @@ import (
 	"nbdhost/cshim"
 )
 
-// A Filter is a filter that has been loaded and checked.
+// A Filter is a filter that has been loaded and checked. Give it to [backend.NewChain], as a [Plugin].
 type Filter struct {
 	module
 	raw   abi.Filter

@@ -17,7 +17,8 @@ type Host struct {
 	Secret func(text string)
 	// Redact takes secrets out of the error texts of modules, which go to clients.
 	Redact func(text string) string
-	// Shutdown asks for the server to stop, as nbdkit_shutdown(3) does.
+	// Shutdown asks for the server to stop, as nbdkit_shutdown(3) does. Which server's module it
+	// was is not told.
 	Shutdown func()
 	// Name is what the user called the server, "" if he did not.
 	Name string
@@ -38,7 +39,8 @@ type Message struct {
 	Cookie           uint64
 }
 
-// Init prepares the process for modules. It comes before anything else here, once.
+// Init prepares the process for modules. It comes before anything else here, once. It changes
+// what some signals do; see the package's documentation.
 func Init(h Host) error {
 	hostLog, hostRedact = h.Log, h.Redact
 	cshim.SetHost(cshim.Host{
@@ -79,8 +81,8 @@ func SetVerbose(on bool) { cshim.SetVerbose(on) }
 // are configured (nbdkit_stdio_safe(3)). They may unless told otherwise.
 func SetStdioSafe(on bool) { cshim.SetStdioSafe(on) }
 
-// Quit ends every nbdkit_nanosleep(3), now and from now on. Call it when the server
-// begins to stop.
+// Quit ends every nbdkit_nanosleep(3), now and from now on. Call it when the last server
+// begins to stop: it cannot be undone.
 func Quit() { cshim.SetQuit() }
 
 // ReportCrashesTo says to which descriptor one line goes, as an object of JSON or as
@@ -94,7 +96,8 @@ func ReportCrashesTo(fd int, json bool, head string) {
 	cshim.ReportCrashesTo(fd, format, head)
 }
 
-// SetCommandLine changes what ps(1) shows of the process. See [cshim.SetCommandLine].
+// SetCommandLine puts args in the place of what the process was started with, where ps(1) finds them; what
+// has no room there is left out.
 func SetCommandLine(args []string) { cshim.SetCommandLine(args) }
 
 // Exit ends the process after what modules gave to atexit(3) has run.

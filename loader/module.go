@@ -63,15 +63,22 @@ func (m *module) nameCallbacks() {
 	}
 }
 
-// Load calls .load.
+// Load calls .load, if there is one.
 func (m *module) Load() {
+	if m.fn[backend.Load] == nil {
+		return
+	}
 	cshim.SaveSignals()
 	defer cshim.RestoreSignals()
 	cshim.CallVoid(nil, m.fn[backend.Load])
 }
 
-// Unload calls .unload. The library stays in memory.
-func (m *module) Unload() { cshim.CallVoid(nil, m.fn[backend.Unload]) }
+// Unload calls .unload, if there is one. The library stays in memory.
+func (m *module) Unload() {
+	if m.fn[backend.Unload] != nil {
+		cshim.CallVoid(nil, m.fn[backend.Unload])
+	}
+}
 
 // dump calls .dump_plugin, which prints to C's standard output.
 func (m *module) dump() {

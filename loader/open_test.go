@@ -182,3 +182,20 @@ func TestParseDebugFlag(t *testing.T) {
 		}
 	}
 }
+
+// One file is one set of variables: a second plugin of it would change the first one's.
+func TestOpenTwice(t *testing.T) {
+	path := compile(t, "plugin.c")
+	first, err := Open(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	first.Load()
+	if second, err := Open(path); !errors.Is(err, ErrInUse) {
+		t.Errorf("while it is loaded: got %v and %v, need %v", second, err, ErrInUse)
+	}
+	first.Unload()
+	if _, err := Open(path); err != nil {
+		t.Errorf("once it is unloaded: %v", err)
+	}
+}

@@ -2,6 +2,7 @@ package loader
 
 import (
 	"fmt"
+	"sync"
 	"syscall"
 	"unsafe"
 
@@ -13,7 +14,8 @@ import (
 // errNotFast is the answer to a fast zero where the callback has no flags.
 const errNotFast = syscall.EOPNOTSUPP
 
-// A Plugin is a plugin that has been loaded and checked.
+// A Plugin is a plugin that has been loaded and checked. Give it to [backend.NewChain]: of
+// what [backend.Module] has only that may be called which Has reports.
 type Plugin struct {
 	module // in fn, callbacks of version 1 stand where their successors do
 	raw    abi.Plugin
@@ -24,8 +26,12 @@ type Plugin struct {
 
 var _ backend.Backend = (*Plugin)(nil)
 
+// loaded has the libraries of the plugins between Load and Unload.
+var loaded sync.Map
+
 // Open loads the plugin in the shared library at path and checks it. The code in
-// the library runs from here on. Errors are of type [*Error].
+// the library runs from here on. It fails with [ErrInUse] where a plugin of the same file has been
+// loaded and not unloaded. Errors are of type [*Error].
 func Open(path string) (*Plugin, error) {
 	p := &Plugin{module: module{kind: PluginKind, path: path}}
 	if err := p.open(); err != nil {
@@ -39,6 +45,9 @@ func (p *Plugin) open() (err error) {
 	defer cshim.RestoreSignals()
 	if p.lib, err = dlopen(p.path); err != nil {
 		return err
+	}
+	if _, ok := loaded.Load(p.lib); ok {
+		return fmt.Errorf("%w: unload it first, or serve it from a process of its own: its variables exist once in each", ErrInUse)
 	}
 	init := p.lib.lookup("plugin_init")
 	if init == nil {
@@ -122,6 +131,18 @@ func (p *Plugin) Has(cb backend.Callback) bool {
 func (p *Plugin) ThreadModel() backend.ThreadModel { return backend.ThreadModel(p.raw.ThreadModel) }
 
 // The life cycle.
+
+// Load calls .load, if there is one. Until Unload this file cannot be opened again.
+func (p *Plugin) Load() {
+	loaded.Store(p.lib, nil)
+	p.module.Load()
+}
+
+// Unload calls .unload, if there is one. The library stays in memory.
+func (p *Plugin) Unload() {
+	p.module.Unload()
+	loaded.Delete(p.lib)
+}
 
 func (p *Plugin) Cleanup() { cshim.CallVoid(nil, p.fn[backend.Cleanup]) }
 

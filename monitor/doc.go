@@ -6,6 +6,8 @@
 // [Listen] binds the address, before rights are given up. [Serve] answers from then on;
 // the server is not ready until [Monitor.Attach] names it, and not any more once that
 // begins to stop. [Monitor.Close] ends everything, after the last connection of a client.
+// A program with an HTTP server of its own takes [New] and [Monitor.Handler] instead, and
+// has nothing to close. A monitor is for one server; who has several gives each its own.
 //
 // # Goroutines
 //

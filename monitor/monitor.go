@@ -37,6 +37,8 @@ const (
 
 // Options say what to show.
 type Options struct {
+	// Chain is the one that the server has. It is needed: its figures are there before
+	// the server is.
 	Chain   *backend.Chain
 	Version string // of the program
 	// HealthRead is how long a read through the plugin may take for /readyz; 0 is
@@ -48,10 +50,10 @@ type Options struct {
 	Log *slog.Logger
 }
 
-// A Monitor answers HTTP requests.
+// A Monitor answers HTTP requests about one server.
 type Monitor struct {
 	o      Options
-	http   *http.Server
+	http   *http.Server // nil where the program has one of its own
 	srv    atomic.Pointer[server.Server]
 	served chan struct{} // closed when http has ended
 
@@ -63,14 +65,24 @@ type Monitor struct {
 	}
 }
 
-// Serve answers the requests that come in on l, which it closes at the end.
-func Serve(l net.Listener, o Options) *Monitor {
+// New returns a monitor that answers through its Handler. It panics without o.Chain.
+func New(o Options) *Monitor {
+	if o.Chain == nil {
+		panic("monitor: got Options without a Chain: need the one that the server has")
+	}
 	if o.Log == nil {
 		o.Log = slog.New(slog.DiscardHandler)
 	}
-	m := &Monitor{o: o, served: make(chan struct{})}
+	return &Monitor{o: o}
+}
+
+// Serve is New, and answers the requests that come in on l, which is closed at the end.
+func Serve(l net.Listener, o Options) *Monitor {
+	m := New(o)
+	o = m.o
+	m.served = make(chan struct{})
 	m.http = &http.Server{
-		Handler:           m.handler(),
+		Handler:           m.Handler(),
 		ReadHeaderTimeout: readTimeout,
 		ReadTimeout:       readTimeout,
 		WriteTimeout:      writeTimeout + o.HealthRead,
@@ -95,16 +107,18 @@ func (w debugWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// Attach makes the monitor tell of s, which serves from now on.
+// Attach makes the monitor tell of s, which serves from now on. It panics where one was
+// attached before, whose clients would be counted no more. It does nothing with a nil Monitor.
 func (m *Monitor) Attach(s *server.Server) {
-	if m != nil {
-		m.srv.Store(s)
+	if m != nil && !m.srv.CompareAndSwap(nil, s) {
+		panic("monitor: got a second server to attach: need a Monitor for each")
 	}
 }
 
-// Close ends the monitor and its listener. The nil Monitor is one that never was.
+// Close ends what Serve began, and the listener; after New there is nothing to end. The nil
+// Monitor is one that never was.
 func (m *Monitor) Close() {
-	if m == nil {
+	if m == nil || m.http == nil {
 		return
 	}
 	// Who asks just now is answered; a read that hangs is not waited for.
@@ -116,7 +130,12 @@ func (m *Monitor) Close() {
 	<-m.served
 }
 
-func (m *Monitor) handler() http.Handler {
+// Handler answers GET and HEAD requests for /metrics, /livez, /readyz and /, which is a list
+// of these; for other paths it answers 404, and 405 to other methods. Below another path of
+// a mux it needs [http.StripPrefix]. It answers 503 where there are more than four
+// scrapes at a time, or one takes 10 seconds. What else clients may take is for the program's
+// [http.Server] to bound; if that has a WriteTimeout, it must be longer than Options.HealthRead.
+func (m *Monitor) Handler() http.Handler {
 	registry := prometheus.NewRegistry()
 	registry.MustRegister(
 		collector{m},

@@ -435,6 +435,30 @@ func TestHTTP(t *testing.T) {
 	}
 }
 
+// A monitor without a chain, or for two servers, is refused before it says what is not true.
+func TestMisuse(t *testing.T) {
+	said := func(f func()) (text any) {
+		defer func() { text = recover() }()
+		f()
+		return nil
+	}
+	if text := said(func() { New(Options{}) }); !strings.Contains(fmt.Sprint(text), "without a Chain") {
+		t.Errorf("no chain: got %v", text)
+	}
+	chain := backend.NewChain(backend.NewMem(1), nil, backend.Trace{})
+	m, first := New(Options{Chain: chain}), server.New(server.Options{Chain: chain})
+	m.Attach(first)
+	if text := said(func() { m.Attach(server.New(server.Options{Chain: chain})) }); !strings.Contains(fmt.Sprint(text), "a Monitor for each") {
+		t.Errorf("a second server: got %v", text)
+	}
+	if m.srv.Load() != first {
+		t.Error("the second server has replaced the first")
+	}
+	m.Close() // of nothing
+	(*Monitor)(nil).Attach(first)
+	(*Monitor)(nil).Close()
+}
+
 func TestParseAddress(t *testing.T) {
 	for s, want := range map[string]string{
 		"9809": "127.0.0.1:9809", ":9809": "127.0.0.1:9809", ":0": "127.0.0.1:0", "localhost:1": "localhost:1",

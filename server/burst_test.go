@@ -300,7 +300,7 @@ func TestSenderOrder(t *testing.T) {
 	sender := &only(t, s).sender
 	reply := func(text string) *batch {
 		b := &batch{}
-		if err := b.grow(backend.NewOwner(), 0, len(text)); err != nil {
+		if err := b.grow(backend.NewConnID(), 0, len(text)); err != nil {
 			t.Fatal(err)
 		}
 		b.end += copy(b.buf.B[b.start:], text)

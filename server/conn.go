@@ -24,8 +24,7 @@ const (
 // A conn is one client's connection.
 type conn struct {
 	s      *Server
-	id     uint64
-	owner  uint64 // of memory for replies
+	id     uint64 // also of who owns memory for replies
 	sock   socket
 	log    *slog.Logger
 	peer   backend.Conn
@@ -69,8 +68,9 @@ type conn struct {
 	delays  atomic.Uint32 // a bit for each Limit that was reached
 }
 
-func newConn(s *Server, id uint64, nc net.Conn) *conn {
-	c := &conn{s: s, id: id, owner: backend.NewOwner(), log: s.log.With("conn", id)}
+func newConn(s *Server, nc net.Conn) *conn {
+	id := backend.NewConnID()
+	c := &conn{s: s, id: id, log: s.log.With("conn", id)}
 	// There is no address where the client has gone already, and no name of a Unix socket's.
 	if peer := nc.RemoteAddr(); peer != nil && peer.String() != "" && peer.String() != "@" {
 		c.log = c.log.With("peer", peer.String())

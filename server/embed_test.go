@@ -1,8 +1,10 @@
 package server
 
 import (
+	"io"
 	"net"
 	"sync/atomic"
+	"syscall"
 	"testing"
 
 	"nbdhost/backend"
@@ -89,5 +91,42 @@ func TestNoPeer(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer c.Close()
+	}
+}
+
+type numbered struct {
+	*hooked
+	ids chan uint64
+}
+
+func (n numbered) Open(c *backend.Call, readonly bool, export string) (backend.Handle, error) {
+	n.ids <- c.Conn.ID
+	return n.hooked.Open(c, readonly, export)
+}
+
+// Modules know connections by number, and not which server has them.
+func TestConnIDs(t *testing.T) {
+	ids := make(chan uint64, 2)
+	for range cap(ids) {
+		h := newHooked()
+		_, uri, _ := serveBackend(t, numbered{h, ids}, h, Options{})
+		dial(t, uri, nil)
+	}
+	if a, b := <-ids, <-ids; a == b {
+		t.Errorf("connections of two servers have the number %d", a)
+	}
+}
+
+// A listener goes on after what has happened to one connection, or will pass.
+func TestPassing(t *testing.T) {
+	for err, want := range map[error]bool{
+		syscall.EMFILE: true, syscall.ENOBUFS: true, syscall.ENOMEM: true, syscall.ECONNABORTED: true,
+		syscall.EPROTO: true, syscall.EPERM: true, syscall.EHOSTUNREACH: true,
+		syscall.EBADF: false, syscall.EINVAL: false, net.ErrClosed: false, io.EOF: false,
+		&net.DNSError{IsTemporary: true}: true,
+	} {
+		if got := passing(&net.OpError{Op: "accept", Err: err}); got != want {
+			t.Errorf("%v: got %v", err, got)
+		}
 	}
 }

@@ -208,7 +208,7 @@ func TestGuardEnds(t *testing.T) {
 				t.Errorf("got %+v", r)
 			}
 		}},
-		{"the call ends it", func(s *Server, nc net.Conn) { disconnect(s, 1) }},
+		{"the call ends it", func(s *Server, nc net.Conn) { disconnect(s) }},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			h, release := hold(held)

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"nbdhost/backend"
@@ -26,7 +27,7 @@ type Options struct {
 	// 0 stands for 16.
 	Threads int
 	// Log receives what there is to say; nil for nothing. Records carry the
-	// attributes "conn", which counts connections from 1, "peer" where the client
+	// attributes "conn", which counts the process's connections from 1, "peer" where the client
 	// has an address, "export" once it is known, and "worker", which counts a
 	// connection's workers from 0 and is absent in a handshake, and where requests of
 	// a connection are never carried out side by side. Those about a request have
@@ -117,9 +118,8 @@ type Server struct {
 	stop     time.Time     // when an idle client is cut off, once quit is closed
 	shutdown sync.Once
 
-	mu     sync.Mutex // guards what follows
-	lastID uint64
-	conns  map[uint64]*conn
+	mu    sync.Mutex // guards what follows
+	conns map[uint64]*conn
 	// admitted are the connections that no limit refused: how many are open, how
 	// many there have been, and how many are open from each address.
 	admitted  int
@@ -218,11 +218,19 @@ func (s *Server) Serve(l net.Listener) error {
 	}
 }
 
-// passing tells whether an error of Accept concerns one connection or a lack of
-// resources rather than the listener.
+// passing tells whether an error of Accept concerns one connection or a lack of resources, and not
+// the listener: accept(2) also returns what has happened to the connection before.
 func passing(err error) bool {
-	var t interface{ Temporary() bool }
-	return !errors.Is(err, net.ErrClosed) && errors.As(err, &t) && t.Temporary()
+	var errno syscall.Errno
+	if !errors.As(err, &errno) { // the program's own
+		var t interface{ Temporary() bool }
+		return !errors.Is(err, net.ErrClosed) && errors.As(err, &t) && t.Temporary()
+	}
+	switch errno {
+	case syscall.EBADF, syscall.EFAULT, syscall.EINVAL, syscall.ENOTSOCK, syscall.EOPNOTSUPP, syscall.ENOSYS:
+		return false
+	}
+	return true
 }
 
 // ServeConn serves one connection and returns when it is over. It closes nc, which nobody else may
@@ -246,8 +254,7 @@ func (s *Server) admit(nc net.Conn, probe bool) *conn {
 		nc.Close()
 		return nil
 	}
-	s.lastID++
-	c := newConn(s, s.lastID, nc)
+	c := newConn(s, nc)
 	if !probe && !s.count(c, address(nc)) {
 		nc.Close()
 		return nil

@@ -398,9 +398,7 @@ func TestSlowCallBesideIdleWorkers(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	s.mu.Lock()
-	slow := &s.conns[1].pace.slow
-	s.mu.Unlock()
+	slow := &only(t, s).pace.slow
 	p := make([]byte, 512)
 	for slow.Load() { // until calls are made on the reader again
 		if err := c.Pread(p, 0); err != nil {
@@ -516,6 +514,7 @@ func TestDisconnectForce(t *testing.T) {
 	release := make(chan struct{})
 	closed := make(chan struct{})
 	var held sync.WaitGroup
+	var cut atomic.Uint64 // the connection that ends
 	held.Add(2)
 	h.before = func(c *backend.Call, cb backend.Callback, off uint64) error {
 		switch {
@@ -523,8 +522,9 @@ func TestDisconnectForce(t *testing.T) {
 			held.Done()
 			<-release
 		case cb == backend.Pwrite && off == 2<<20:
+			cut.Store(c.Conn.ID)
 			c.Conn.Disconnect(true)
-		case cb == backend.Close && c.Conn.ID == 1:
+		case cb == backend.Close && c.Conn.ID == cut.Load():
 			close(closed)
 		}
 		return nil
@@ -768,10 +768,11 @@ func TestWatcherStops(t *testing.T) {
 	})
 }
 
-// disconnect cuts off the connection of that number.
-func disconnect(s *Server, id uint64) {
+// disconnect cuts off all connections.
+func disconnect(s *Server) {
 	s.mu.Lock()
-	c := s.conns[id]
-	s.mu.Unlock()
-	c.disconnect(true)
+	defer s.mu.Unlock()
+	for _, c := range s.conns {
+		c.disconnect(true)
+	}
 }

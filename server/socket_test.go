@@ -212,7 +212,7 @@ func TestManyHot(t *testing.T) {
 // ends are the ways in which a connection ends that is idle.
 var ends = []end{
 	{"shutdown", func(s *Server, _ net.Conn) { s.Shutdown() }},
-	{"forced disconnect", func(s *Server, _ net.Conn) { disconnect(s, 1) }},
+	{"forced disconnect", func(s *Server, _ net.Conn) { disconnect(s) }},
 	{"client closes", func(_ *Server, nc net.Conn) { nc.Close() }},
 	{"client disconnects", func(_ *Server, nc net.Conn) { nc.Write(request(protocol.Request{Type: protocol.CmdDisc})) }},
 	{"garbage", func(_ *Server, nc net.Conn) { nc.Write([]byte(strings.Repeat("garbage", 10))) }},

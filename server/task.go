@@ -79,12 +79,12 @@ func (t *task) room(n int) error {
 		return nil
 	}
 	t.send()
-	return t.out.grow(t.c.owner, t.c.replyHead(), n)
+	return t.out.grow(t.c.id, t.c.replyHead(), n)
 }
 
 // fits tells whether there is room for n bytes behind the replies that wait, and claims it.
 func (t *task) fits(n int) bool {
-	return (t.out.empty() || t.out.end-t.out.start+n <= t.batch) && t.out.claim(t.c.owner, n)
+	return (t.out.empty() || t.out.end-t.out.start+n <= t.batch) && t.out.claim(t.c.id, n)
 }
 
 // replyHead is the size in bytes of what precedes the data in a read's reply.

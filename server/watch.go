@@ -189,7 +189,7 @@ func (r *reader) lose(state uint64) bool {
 	}
 	r.account(0)
 	var out batch
-	if err := out.grow(c.owner, c.replyHead(), r.out.end-r.out.start); err != nil {
+	if err := out.grow(c.id, c.replyHead(), r.out.end-r.out.start); err != nil {
 		c.log.Error("send replies: " + err.Error() + "; closing the connection")
 		c.disconnect(true)
 		return true

@@ -297,10 +297,10 @@ func runChecks(o *options, names []string, pipe io.Writer, out *logHandler) (int
 	}
 	w := json.NewEncoder(pipe)
 	send := func(f finding) { err = errors.Join(err, w.Encode(f)) }
-	s.Run(names,
+	failed := s.Run(names,
 		func(name string) { send(finding{Begin: name}) },
 		func(r check.Result) { send(finding{End: &r}) })
-	return 0, err
+	return 0, errors.Join(err, failed)
 }
 
 // life is how far a chain has come.
