@@ -10,10 +10,12 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
 	"testing"
+	"time"
 
 	"nbdhost/protocol"
 )
@@ -344,28 +346,228 @@ func TestDial(t *testing.T) {
 		"nbd+unix:///?socket=/nonexistent": "no such file",
 	}
 	for uri, says := range tests {
-		for name, f := range map[string]func() error{
-			"Dial": func() error { _, err := Dial(context.Background(), uri, nil); return err },
-			"List": func() error { _, err := List(context.Background(), uri, nil); return err },
-		} {
-			if err := f(); err == nil || !strings.Contains(err.Error(), says) {
-				t.Errorf("%s %s: got %v, need it to say %q", name, uri, err, says)
+		for name, ask := range asks {
+			t.Run(name+" "+uri, func(t *testing.T) {
+				t.Parallel() // vsock may take two seconds
+				if err := ask(t.Context(), uri, nil); err == nil || !strings.Contains(err.Error(), says) {
+					t.Errorf("got %v, need it to say %q", err, says)
+				}
+			})
+		}
+	}
+}
+
+// asks are what takes a URI.
+var asks = map[string]func(ctx context.Context, uri string, opts *Options) error{
+	"Dial": func(ctx context.Context, uri string, opts *Options) error {
+		c, err := Dial(ctx, uri, opts)
+		if err == nil {
+			c.Close()
+		}
+		return err
+	},
+	"List": func(ctx context.Context, uri string, opts *Options) error {
+		_, err := List(ctx, uri, opts)
+		return err
+	},
+	"Info": func(ctx context.Context, uri string, opts *Options) error {
+		_, err := Info(ctx, uri, opts)
+		return err
+	},
+}
+
+// closed tells whether a connection was closed at this end.
+func closed(nc net.Conn) bool {
+	_, err := nc.Read(make([]byte, 1))
+	return errors.Is(err, net.ErrClosed)
+}
+
+// TestOwnDial: Options.Dial gets the URI of what is asked for, its connection is used
+// whatever the URI says and closed in the end, and its error comes back.
+func TestOwnDial(t *testing.T) {
+	u, err := protocol.ParseURI(nbdkit(t, "memory", "1M"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	network, address := u.Address()
+	for name, ask := range asks {
+		var got []string
+		var refusal error
+		var nc net.Conn
+		opts := Options{Dial: func(_ context.Context, to *protocol.URI) (_ net.Conn, err error) {
+			got = append(got, to.String())
+			if refusal != nil {
+				return nil, refusal
+			}
+			nc, err = net.Dial(network, address)
+			return nc, err
+		}}
+		if err := ask(t.Context(), "nbd://nowhere.invalid/a", &opts); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if !closed(nc) {
+			t.Errorf("%s left the connection open", name)
+		}
+		opts.Export, refusal = "b", errEnough
+		if err := ask(t.Context(), "nbd://nowhere.invalid/a", &opts); !errors.Is(err, errEnough) {
+			t.Errorf("%s: got %v, need %v", name, err, errEnough)
+		}
+		if want := []string{"nbd://nowhere.invalid/a", "nbd://nowhere.invalid/b"}; !slices.Equal(got, want) {
+			t.Errorf("%s dialled %q, need %q", name, got, want)
+		}
+	}
+}
+
+// TestErrorsNameURI: an error of the handshake tells of which server, and no password.
+// It ends the connection.
+func TestErrorsNameURI(t *testing.T) {
+	for name, ask := range asks {
+		nc := script(t, func(net.Conn) {})
+		opts := Options{Dial: func(context.Context, *protocol.URI) (net.Conn, error) { return nc, nil }}
+		err := ask(t.Context(), "nbd://alice:secret@example.com/x", &opts)
+		if want := "nbd://alice@example.com/x: read greeting: EOF"; err == nil || err.Error() != want || !errors.Is(err, io.EOF) {
+			t.Errorf("%s: got %v, need %s", name, err, want)
+		}
+		if !closed(nc) {
+			t.Errorf("%s left the connection open", name)
+		}
+	}
+}
+
+// TestNewTLS: New must not go on in plain text where TLS was asked for.
+func TestNewTLS(t *testing.T) {
+	said := make(chan int, 1)
+	nc := script(t, func(nc net.Conn) {
+		nc.Write((&protocol.Greeting{Flags: protocol.FlagFixedNewstyle}).AppendTo(nil))
+		n, _ := nc.Read(make([]byte, 1))
+		said <- n
+	})
+	c, err := New(t.Context(), nc, &Options{TLS: func(context.Context, net.Conn, *protocol.URI) (net.Conn, error) {
+		return nil, errEnough
+	}})
+	if err == nil {
+		c.Close()
+	}
+	if err == nil || !strings.Contains(err.Error(), "use Dial") {
+		t.Errorf("got %v, need it to say that Dial does TLS", err)
+	}
+	if n := <-said; n > 0 {
+		t.Error("the client said something, need nothing")
+	}
+}
+
+// noDeadlines is a connection like those of SSH.
+type noDeadlines struct{ net.Conn }
+
+func (noDeadlines) SetDeadline(time.Time) error { return errors.ErrUnsupported }
+
+// TestCancelled: a server that says nothing is given up with the context.
+func TestCancelled(t *testing.T) {
+	for name, wrap := range map[string]func(net.Conn) net.Conn{
+		"socket":       func(nc net.Conn) net.Conn { return nc },
+		"no deadlines": func(nc net.Conn) net.Conn { return noDeadlines{nc} },
+	} {
+		t.Run(name, func(t *testing.T) {
+			ctx, cancel := context.WithCancelCause(context.Background())
+			returned := make(chan struct{})
+			nc := script(t, func(nc net.Conn) {
+				nc.Write((&protocol.Greeting{Flags: protocol.FlagFixedNewstyle}).AppendTo(nil))
+				io.ReadFull(nc, make([]byte, protocol.ClientFlagsSize))
+				cancel(errEnough)
+				<-returned
+			})
+			if _, err := New(ctx, wrap(nc), nil); !errors.Is(err, errEnough) {
+				t.Errorf("got %v, need %v", err, errEnough)
+			}
+			close(returned)
+		})
+	}
+}
+
+// TestDialCancelled: the context's cause is told as well where it ends the connecting,
+// beside what is known to those who do not ask for it.
+func TestDialCancelled(t *testing.T) {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	cancel(errEnough)
+	for name, ask := range asks {
+		for _, uri := range []string{"nbd://localhost/", "nbd+unix:///?socket=/nonexistent", "nbd+vsock://1:4294967294/"} {
+			err := ask(ctx, uri, nil)
+			if !errors.Is(err, errEnough) || !strings.HasPrefix(uri, "nbd+vsock") && !errors.Is(err, context.Canceled) {
+				t.Errorf("%s %s: got %v, need %v and %v", name, uri, err, errEnough, context.Canceled)
 			}
 		}
 	}
 }
 
-// TestCancelled: a server that says nothing is given up with the context.
-func TestCancelled(t *testing.T) {
-	ctx, cancel := context.WithCancelCause(context.Background())
-	cause := errors.New("enough")
-	nc := script(t, func(nc net.Conn) {
-		nc.Write((&protocol.Greeting{Flags: protocol.FlagFixedNewstyle}).AppendTo(nil))
-		io.ReadFull(nc, make([]byte, protocol.ClientFlagsSize))
-		cancel(cause)
-	})
-	if _, err := New(ctx, nc, nil); !errors.Is(err, cause) {
-		t.Errorf("got %v, need %v", err, cause)
+// A late context ends when it is waited for, some time after its deadline.
+type late struct {
+	context.Context
+	end func()
+}
+
+func (l late) Deadline() (time.Time, bool) { return time.Unix(1, 0), true }
+func (l late) Done() <-chan struct{}       { l.end(); return l.Context.Done() }
+
+// TestDialDeadline: who dials may look at the time itself, and be the first to know.
+func TestDialDeadline(t *testing.T) {
+	for name, ask := range asks {
+		ctx, cancel := context.WithCancelCause(context.Background())
+		err := ask(late{ctx, func() { cancel(errEnough) }}, "nbd://localhost/", &Options{
+			Dial: func(context.Context, *protocol.URI) (net.Conn, error) { return nil, os.ErrDeadlineExceeded },
+		})
+		if !errors.Is(err, errEnough) || !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("%s: got %v, need %v and %v", name, err, errEnough, os.ErrDeadlineExceeded)
+		}
+	}
+}
+
+// TestErr: a connection tells why it ended, once it has, unless that was wanted here.
+func TestErr(t *testing.T) {
+	given, giveUp := context.WithCancelCause(context.Background())
+	giveUp(errEnough)
+	for name, test := range map[string]struct {
+		end  func(*Conn) // nil: the server ends it
+		want error
+	}{
+		"closed":       {func(c *Conn) { c.Close() }, nil},
+		"disconnected": {func(c *Conn) { c.Disconnect() }, nil},
+		"given up":     {func(c *Conn) { c.With(given).Disconnect() }, errEnough},
+		"lost":         {nil, io.EOF},
+	} {
+		t.Run(name, func(t *testing.T) {
+			ended := make(chan struct{})
+			nc := script(t, func(nc net.Conn) {
+				r := welcome(t, nc)
+				if name == "disconnected" {
+					nc.Write(answered(r))
+					request(t, nc)
+					return
+				}
+				if test.end != nil {
+					<-ended
+				}
+			})
+			c, err := New(t.Context(), nc, &Options{SimpleReplies: true})
+			if err != nil {
+				t.Fatal(err)
+			}
+			early := make(chan error, 1)
+			if _, err := c.AioFlush(0, func(error) int { early <- c.Err(); return 1 }); err != nil {
+				t.Fatal(err)
+			}
+			if test.end != nil {
+				test.end(c)
+			}
+			close(ended)
+			<-c.Done()
+			if err := <-early; err != nil {
+				t.Errorf("while a completion ran: got %v, need nil", err)
+			}
+			c.Close() // changes nothing
+			if err := c.Err(); !errors.Is(err, test.want) || err != nil && !errors.Is(err, ErrDisconnected) {
+				t.Errorf("got %v, need %v", err, test.want)
+			}
+		})
 	}
 }
 

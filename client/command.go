@@ -26,8 +26,9 @@ func (e *Error) Error() string {
 func (e *Error) Unwrap() error { return e.Errno.Syscall() }
 
 // Completion is told how a command ended: nil, an *Error from the server, or an
-// error that wraps ErrDisconnected. It returns 1 to retire the command, and 0
-// to leave that to AioCommandCompleted.
+// error that wraps ErrDisconnected; of a command that AioCancel cancels, the cause
+// given there. It returns 1 to retire the command, and 0 to leave that to
+// AioCommandCompleted. A nil Completion leaves it as well.
 type Completion func(err error) int
 
 // ExtentFunc is told what one meta context says of consecutive runs from offset
@@ -92,7 +93,7 @@ func (cmd *command) claim() bool {
 // part is a range of a read's buffer.
 type part struct{ start, end uint64 }
 
-// AioPread reads len(p) bytes at off into p.
+// AioPread reads len(p) bytes at off into p. For the length see Calls.Pread.
 func (c *Conn) AioPread(p []byte, off uint64, flags protocol.CommandFlags, completion Completion) (uint64, error) {
 	return c.issue(command{request: protocol.Request{Type: protocol.CmdRead, Flags: flags, Offset: off, Length: uint64(len(p))}, data: p, completion: completion})
 }
@@ -103,7 +104,7 @@ func (c *Conn) AioPreadStructured(p []byte, off uint64, flags protocol.CommandFl
 	return c.issue(command{request: protocol.Request{Type: protocol.CmdRead, Flags: flags, Offset: off, Length: uint64(len(p))}, data: p, chunk: chunk, completion: completion})
 }
 
-// AioPwrite writes p at off.
+// AioPwrite writes p at off. For the length see Calls.Pread.
 func (c *Conn) AioPwrite(p []byte, off uint64, flags protocol.CommandFlags, completion Completion) (uint64, error) {
 	return c.issue(command{request: protocol.Request{Type: protocol.CmdWrite, Flags: flags, Offset: off, Length: uint64(len(p))}, data: p, completion: completion})
 }
@@ -113,23 +114,24 @@ func (c *Conn) AioFlush(flags protocol.CommandFlags, completion Completion) (uin
 	return c.issue(command{request: protocol.Request{Type: protocol.CmdFlush, Flags: flags}, completion: completion})
 }
 
-// AioTrim discards count bytes at off.
+// AioTrim discards count bytes at off: less than 4 GiB unless Extended.
 func (c *Conn) AioTrim(count, off uint64, flags protocol.CommandFlags, completion Completion) (uint64, error) {
 	return c.issue(command{request: protocol.Request{Type: protocol.CmdTrim, Flags: flags, Offset: off, Length: count}, completion: completion})
 }
 
-// AioZero writes count zeroes at off.
+// AioZero writes count zeroes at off: less than 4 GiB unless Extended.
 func (c *Conn) AioZero(count, off uint64, flags protocol.CommandFlags, completion Completion) (uint64, error) {
 	return c.issue(command{request: protocol.Request{Type: protocol.CmdWriteZeroes, Flags: flags, Offset: off, Length: count}, completion: completion})
 }
 
-// AioCache prefetches count bytes at off into the server's cache.
+// AioCache prefetches count bytes at off into the server's cache: less than 4 GiB
+// unless Extended.
 func (c *Conn) AioCache(count, off uint64, flags protocol.CommandFlags, completion Completion) (uint64, error) {
 	return c.issue(command{request: protocol.Request{Type: protocol.CmdCache, Flags: flags, Offset: off, Length: count}, completion: completion})
 }
 
-// AioBlockStatus asks what the selected meta contexts say of count bytes at
-// off. extents is called once for each, before the completion.
+// AioBlockStatus asks what the selected meta contexts say of count bytes at off: less
+// than 4 GiB unless Extended. extents is called once for each, before the completion.
 func (c *Conn) AioBlockStatus(count, off uint64, flags protocol.CommandFlags, extents ExtentFunc, completion Completion) (uint64, error) {
 	return c.issue(command{request: protocol.Request{Type: protocol.CmdBlockStatus, Flags: flags, Offset: off, Length: count}, extents: extents, completion: completion})
 }

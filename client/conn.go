@@ -3,11 +3,13 @@ package client
 import (
 	"cmp"
 	"context"
+	"errors"
 	"fmt"
 	"net"
 	"slices"
 	"sync"
 	"syscall"
+	"time"
 
 	"nbdhost/protocol"
 )
@@ -40,9 +42,13 @@ type Options struct {
 	// instead of in Go's poller: a reply is there some microseconds earlier, and
 	// costs less. It is for few connections at a time, and has no effect under TLS.
 	Blocking bool
+	// Dial connects to the server that a URI names, within ctx, by a tunnel for
+	// example; the connection is the client's to close. The URI's export is Export
+	// where that is not empty. nil dials by TCP, Unix socket or vsock, as the URI says.
+	Dial func(ctx context.Context, uri *protocol.URI) (net.Conn, error)
 	// TLS does the client's side of a TLS handshake with the server of an nbds
 	// URI, within ctx. nil is what RegisterTLS was given; without either such URIs
-	// fail.
+	// fail. New has no URI and fails if it is set: it must never go on in plain text.
 	TLS TLSFunc
 
 	secure *protocol.URI // the one that demands TLS, or nil
@@ -109,52 +115,79 @@ type Conn struct {
 }
 
 // Dial connects to the server and export that an NBD URI names, and negotiates.
-// ctx bounds the connecting and the handshake only. opts may be nil.
+// ctx bounds the connecting and the handshake only; if it ends them, the error wraps
+// its cause. opts may be nil.
 func Dial(ctx context.Context, uri string, opts *Options) (*Conn, error) {
-	nc, opts, err := dial(ctx, uri, opts)
+	h, err := dial(ctx, uri, opts, (*handshake).enter)
 	if err != nil {
 		return nil, err
 	}
-	return New(ctx, nc, opts)
+	return h.conn()
 }
 
-// dial opens the socket, and completes the options from the URI.
-func dial(ctx context.Context, uri string, opts *Options) (net.Conn, *Options, error) {
+// dial connects and does the handshake up to what then asks; its errors name the URI.
+func dial(ctx context.Context, uri string, opts *Options, then func(*handshake) error) (*handshake, error) {
 	u, err := protocol.ParseURI(uri)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	var o Options
 	if opts != nil {
 		o = *opts
 	}
+	if o.Export != "" {
+		u.Export = o.Export
+	}
+	o.Export = u.Export
+	fail := func(err error) (*handshake, error) { return nil, fmt.Errorf("%v: %w", u, err) }
 	if u.TLS {
 		if o.secure = u; o.TLS == nil {
 			o.TLS = registeredTLS
 		}
 		if o.TLS == nil {
-			return nil, nil, fmt.Errorf("dial %s: no TLS in this program: import nbdhost/client/nbds, or set Options.TLS", u)
+			return fail(errors.New("no TLS in this program: import nbdhost/client/nbds, or set Options.TLS"))
 		}
 	}
-	if o.Export == "" {
-		o.Export = u.Export
+	if o.Dial == nil {
+		o.Dial = dialSocket
 	}
+	nc, err := o.Dial(ctx, u)
+	if err != nil {
+		if end, ok := ctx.Deadline(); ok && !time.Now().Before(end) {
+			<-ctx.Done() // it is about to end: package net watches the time by itself
+		}
+		if cause := context.Cause(ctx); cause != nil && !errors.Is(err, cause) {
+			err = fmt.Errorf("%w: %w", err, cause)
+		}
+		return fail(err)
+	}
+	h, err := shake(ctx, nc, &o, then)
+	if err != nil {
+		return fail(err)
+	}
+	return h, nil
+}
+
+// dialSocket dials what a URI names.
+func dialSocket(ctx context.Context, u *protocol.URI) (net.Conn, error) {
 	if u.Transport == protocol.TransportVsock {
-		nc, err := dialVsock(ctx, u.CID, u.Port)
-		return nc, &o, err
+		return dialVsock(ctx, u.CID, u.Port)
 	}
 	network, address := u.Address()
 	var d net.Dialer
-	nc, err := d.DialContext(ctx, network, address)
-	return nc, &o, err
+	return d.DialContext(ctx, network, address)
 }
 
 // New negotiates on a connection, which it owns from now on: it is closed when
-// New fails. ctx bounds the handshake only. opts may be nil.
+// New fails. ctx bounds the handshake only; if it ends that, the error wraps its cause.
+// opts may be nil. New does no TLS: for that use Dial with an nbds URI and Options.Dial.
 func New(ctx context.Context, nc net.Conn, opts *Options) (*Conn, error) {
+	if opts != nil && opts.TLS != nil {
+		nc.Close()
+		return nil, errors.New("got Options.TLS without a URI, need none: use Dial with an nbds URI, and Options.Dial for the connection")
+	}
 	h, err := shake(ctx, nc, opts, (*handshake).enter)
 	if err != nil {
-		h.nc.Close()
 		return nil, err
 	}
 	return h.conn()
@@ -188,7 +221,9 @@ func (h *handshake) conn() (*Conn, error) {
 	return c, nil
 }
 
-// List asks the server that an NBD URI names for its exports.
+// List asks the server that an NBD URI names for its exports. More than
+// protocol.MaxExports of them are an error. With an error it returns the exports that
+// were told before it, if any.
 func List(ctx context.Context, uri string, opts *Options) ([]Export, error) {
 	var exports []Export
 	err := ask(ctx, uri, opts, func(h *handshake) (err error) {
@@ -212,18 +247,17 @@ func Info(ctx context.Context, uri string, opts *Options) (Export, error) {
 
 // ask opens a connection for one question.
 func ask(ctx context.Context, uri string, opts *Options, question func(*handshake) error) error {
-	nc, opts, err := dial(ctx, uri, opts)
-	if err != nil {
-		return err
-	}
-	h, err := shake(ctx, nc, opts, func(h *handshake) error {
+	h, err := dial(ctx, uri, opts, func(h *handshake) error {
 		if err := question(h); err != nil {
 			return err
 		}
 		return h.abort()
 	})
+	if err != nil {
+		return err
+	}
 	h.nc.Close()
-	return err
+	return nil
 }
 
 // Export is what the server said of the export in the handshake.
@@ -266,19 +300,40 @@ func (c *Conn) contextID(name string) (uint32, bool) {
 	return 0, false
 }
 
-// errGone: the server closed the connection where it should, after NBD_CMD_DISC.
-var errGone = fmt.Errorf("%w, as asked", ErrDisconnected)
+// The ends that were wanted here.
+var (
+	// errGone: the server closed the connection where it should, after NBD_CMD_DISC.
+	errGone   = fmt.Errorf("%w, as asked", ErrDisconnected)
+	errClosed = fmt.Errorf("%w: the connection was closed here", ErrDisconnected)
+)
 
 // Close ends the connection at once, completes what is in flight with an error
 // and returns when no completion runs any more. It must not be called from one.
 func (c *Conn) Close() error {
-	c.fail(fmt.Errorf("%w: the connection was closed here", ErrDisconnected))
+	c.fail(errClosed)
 	<-c.ended
 	return nil
 }
 
-// Done is closed once the connection has ended and every command has completed.
+// Done is closed once the connection has ended and every command has completed; Err
+// then tells why.
 func (c *Conn) Done() <-chan struct{} { return c.ended }
+
+// Err is why the connection ended: an error that wraps ErrDisconnected. It is nil until
+// Done is closed, and if it was Close or a Disconnect without error that ended it.
+func (c *Conn) Err() error {
+	select {
+	case <-c.ended:
+	default:
+		return nil
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.err == errGone || c.err == errClosed {
+		return nil
+	}
+	return c.err
+}
 
 // fail ends the connection for the first reason given.
 func (c *Conn) fail(err error) {

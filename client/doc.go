@@ -6,11 +6,12 @@
 //
 // A command is issued by one of the Aio methods, which returns a cookie at
 // once: a number of at least 1, never given out twice by one Conn. Later its
-// completion function is called, exactly once, whatever happens. A completion
-// that returns 1 retires the command; any other command stays known until
-// AioCommandCompleted has told its result. AioCancel completes a command before its
-// reply is there. Pread, Pwrite and the others issue a command and wait for it; With
-// gives them a context.
+// completion function is called, exactly once, whatever happens. If the method
+// returned an error nothing was issued, and the completion is never called. A
+// completion that returns 1 retires the command; any other command, also one with a
+// nil completion, stays known until AioCommandCompleted has told its result.
+// AioCancel completes a command before its reply is there. Pread, Pwrite and the
+// others issue a command and wait for it; With gives them a context.
 //
 // # Goroutines
 //
@@ -37,7 +38,8 @@
 // # Protocol
 //
 // Extended headers are asked for first, then structured replies; with the former
-// commands that carry no data may have 64 bits of length.
+// commands that carry no data may have 64 bits of length. No command is split: one
+// that is too long fails.
 //
 // When the connection is lost, every command in flight completes with an error
 // that wraps ErrDisconnected, after all buffers have been let go.

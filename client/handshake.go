@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"time"
 
 	"nbdhost/protocol"
 )
@@ -40,14 +39,15 @@ type handshake struct {
 	export     Export
 }
 
-// shake does the greeting and then what is asked, within ctx.
+// shake does the greeting and then what is asked, within ctx. It closes nc if it fails.
 func shake(ctx context.Context, nc net.Conn, opts *Options, then func(*handshake) error) (*handshake, error) {
 	h := &handshake{socket: nc, nc: nc, in: bufio.NewReader(nc)}
 	if opts != nil {
 		h.opts = *opts
 	}
 	h.export.Name = h.opts.Export
-	stop := context.AfterFunc(ctx, func() { nc.SetDeadline(time.Unix(1, 0)) })
+	// Closing ends the waiting on any connection; those of SSH have no deadlines.
+	stop := context.AfterFunc(ctx, func() { nc.Close() })
 	err := h.greet()
 	if err == nil && h.opts.secure != nil {
 		err = h.startTLS(ctx)
@@ -56,11 +56,14 @@ func shake(ctx context.Context, nc net.Conn, opts *Options, then func(*handshake
 		err = then(h)
 	}
 	if !stop() {
-		// The deadline may be set at any moment from now on: the connection
-		// cannot be used.
+		// It is closed, or will be at any moment.
 		err = fmt.Errorf("negotiate: %w", context.Cause(ctx))
 	}
-	return h, err
+	if err != nil {
+		h.nc.Close()
+		return nil, err
+	}
+	return h, nil
 }
 
 func (h *handshake) greet() error {

@@ -355,6 +355,22 @@ func TestHandshakeRefused(t *testing.T) {
 	}
 }
 
+// TestListTooLong: a list that does not end is given up, and what came of it is told.
+func TestListTooLong(t *testing.T) {
+	exports, err := List(t.Context(), "nbd://localhost/", &Options{Dial: func(context.Context, *protocol.URI) (net.Conn, error) {
+		return script(t, func(nc net.Conn) {
+			b := (&protocol.Greeting{Flags: protocol.FlagFixedNewstyle}).AppendTo(nil)
+			for range protocol.MaxExports + 1 {
+				b = append(b, optionReply(protocol.OptList, protocol.RepServer, []byte("\x00\x00\x00\x01e"))...)
+			}
+			nc.Write(b)
+		}), nil
+	}})
+	if err == nil || !strings.Contains(err.Error(), "more than 10000") || len(exports) != protocol.MaxExports {
+		t.Errorf("got %d exports, %v, need %d and an error", len(exports), err, protocol.MaxExports)
+	}
+}
+
 // FuzzServer feeds a client anything that a server might say.
 func FuzzServer(f *testing.F) {
 	greeting := (&protocol.Greeting{Flags: 3}).AppendTo(nil)

@@ -103,7 +103,9 @@ func (s Calls) Disconnect() error {
 	return c.err
 }
 
-// Pread reads len(p) bytes at off into p.
+// Pread reads len(p) bytes at off into p, with one command: a server refuses one of
+// more bytes than it takes, or closes the connection. BlockSize().Maximum bytes are safe,
+// and 32 MiB where that is 0, which means unknown.
 func (s Calls) Pread(p []byte, off uint64) error {
 	return s.wait(func(done Completion) (uint64, error) { return s.c.AioPread(p, off, 0, done) })
 }
@@ -114,7 +116,7 @@ func (s Calls) PreadStructured(p []byte, off uint64, flags protocol.CommandFlags
 	return s.wait(func(done Completion) (uint64, error) { return s.c.AioPreadStructured(p, off, flags, chunk, done) })
 }
 
-// Pwrite writes p at off.
+// Pwrite writes p at off, with one command. For the length see Pread.
 func (s Calls) Pwrite(p []byte, off uint64, flags protocol.CommandFlags) error {
 	return s.wait(func(done Completion) (uint64, error) { return s.c.AioPwrite(p, off, flags, done) })
 }
@@ -124,23 +126,25 @@ func (s Calls) Flush() error {
 	return s.wait(func(done Completion) (uint64, error) { return s.c.AioFlush(0, done) })
 }
 
-// Trim discards count bytes at off.
+// Trim discards count bytes at off. 4 GiB and more fail unless Conn.Extended.
 func (s Calls) Trim(count, off uint64, flags protocol.CommandFlags) error {
 	return s.wait(func(done Completion) (uint64, error) { return s.c.AioTrim(count, off, flags, done) })
 }
 
-// Zero writes count zeroes at off.
+// Zero writes count zeroes at off. 4 GiB and more fail unless Conn.Extended.
 func (s Calls) Zero(count, off uint64, flags protocol.CommandFlags) error {
 	return s.wait(func(done Completion) (uint64, error) { return s.c.AioZero(count, off, flags, done) })
 }
 
-// Cache prefetches count bytes at off into the server's cache.
+// Cache prefetches count bytes at off into the server's cache. 4 GiB and more fail
+// unless Conn.Extended.
 func (s Calls) Cache(count, off uint64, flags protocol.CommandFlags) error {
 	return s.wait(func(done Completion) (uint64, error) { return s.c.AioCache(count, off, flags, done) })
 }
 
 // BlockStatus gives, for each selected meta context, consecutive runs from off
-// on. They may end before off+count, and the last may reach beyond it.
+// on. They may end before off+count, and the last may reach beyond it. A count of 4 GiB
+// and more fails unless Conn.Extended.
 func (s Calls) BlockStatus(count, off uint64, flags protocol.CommandFlags) (map[string][]protocol.Descriptor, error) {
 	return s.collect(func(extents ExtentFunc, done Completion) (uint64, error) {
 		return s.c.AioBlockStatus(count, off, flags, extents, done)

@@ -4,6 +4,9 @@
 //
 //	import _ "nbdhost/client/nbds"
 //
+// Over a connection from client.Options.Dial that is no socket, certificates do, but
+// pre-shared keys fail: GnuTLS needs the descriptor.
+//
 // It has no functions, and no goroutines. Without it package client comes without
 // GnuTLS, and nbds URIs need client.Options.TLS.
 package nbds

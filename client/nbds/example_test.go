@@ -17,8 +17,9 @@ import (
 )
 
 // serveTLS serves a disk in memory of size bytes under TLS with pre-shared keys, and
-// returns its URI for alice, and what ends it.
-func serveTLS(size uint64) (uri string, stop func()) {
+// returns the directory of its socket and of keys.psk, which has alice's, and what ends
+// it.
+func serveTLS(size uint64) (dir string, stop func()) {
 	dir, err := os.MkdirTemp("", "example")
 	if err != nil {
 		log.Fatal(err)
@@ -41,9 +42,7 @@ func serveTLS(size uint64) (uri string, stop func()) {
 		TLSRequired: true,
 	})
 	go srv.Serve(l)
-	u := protocol.URI{Transport: protocol.TransportUnix, TLS: true, User: "alice", Socket: socket,
-		Params: map[string][]string{"tls-psk-file": {keys}}}
-	return u.String(), func() {
+	return dir, func() {
 		srv.Shutdown()
 		srv.Wait()
 		os.RemoveAll(dir)
@@ -54,9 +53,10 @@ func serveTLS(size uint64) (uri string, stop func()) {
 // nbds+unix://alice@/?socket=PATH&tls-psk-file=PATH for a pre-shared key, and
 // nbds://HOST/?tls-certificates=DIRECTORY for certificates.
 func Example() {
-	uri, stop := serveTLS(1 << 20)
+	dir, stop := serveTLS(1 << 20)
 	defer stop()
 
+	uri := "nbds+unix://alice@/?socket=" + dir + "/socket&tls-psk-file=" + dir + "/keys.psk"
 	c, err := client.Dial(context.Background(), uri, nil)
 	if err != nil {
 		log.Fatal(err)
@@ -72,5 +72,27 @@ func Example() {
 	fmt.Println(c.Disconnect())
 	// Output:
 	// secret
+	// <nil>
+}
+
+// TLS through a tunnel, of which a socket is the near end: the URI names the server that
+// is to prove itself at the other.
+func Example_tunnel() {
+	dir, stop := serveTLS(512)
+	defer stop()
+
+	c, err := client.Dial(context.Background(), "nbds://alice@disks.example/?tls-psk-file="+dir+"/keys.psk", &client.Options{
+		Dial: func(ctx context.Context, _ *protocol.URI) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, "unix", dir+"/socket")
+		},
+	})
+	if err != nil {
+		log.Fatal(err)
+	}
+	fmt.Println(c.Size())
+	fmt.Println(c.Disconnect())
+	// Output:
+	// 512
 	// <nil>
 }
