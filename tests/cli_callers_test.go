@@ -172,6 +172,37 @@ func TestCallerImporterVDDK(t *testing.T) {
 	}
 }
 
+// The plugin runs the server again, with all arguments but the password, whatever is hidden and handed
+// over.
+func TestCallerVDDKRunsAgain(t *testing.T) {
+	program := asNbdkit(t)
+	dir := tempDir(t)
+	args := []string{vddkPath(t, dir), "libdir=" + dir, "server=host", "user=root", "file=[ds] vm/disk.vmdk",
+		"password=" + filepath.Base(dir), "cookie=some session"}
+	modes := map[string][]string{"foreground": {"-f"}, "background": nil}
+	if underTest() != "nbdkit" {
+		modes["supervised"] = []string{"-f", "--supervise"}
+		modes["supervised in the background"] = []string{"--supervise"}
+	}
+	for name, mode := range modes {
+		t.Run(name, func(t *testing.T) {
+			dir := tempDir(t)
+			sock, pidfile := filepath.Join(dir, "sock"), filepath.Join(dir, "pid")
+			c := call(t, pidfile, program, nil, append(append(mode, "-U", sock, "-P", pidfile), args...)...)
+			uri := "nbd+unix:///?socket=" + sock
+			if got := command(t, "nbdinfo", "--size", uri); got != "65536\n" {
+				t.Errorf("got size %q", got)
+			}
+			if slices.Contains(mode, "-f") {
+				c.stop(syscall.SIGTERM)
+				return
+			}
+			pid := strings.TrimSpace(command(t, "cat", pidfile))
+			command(t, "kill", pid)
+		})
+	}
+}
+
 // vddkPath compiles a plugin that is called vddk into dir.
 func vddkPath(t *testing.T, dir string) string {
 	t.Helper()

@@ -68,12 +68,14 @@ func dispatch(args []string, stdout, stderr io.Writer, known *secrets) (int, err
 		return 1, err
 	}
 	known.learn(words)
-	known.hideArguments(args)
 	o, err := parse(words)
 	if err != nil {
 		return 1, err
 	}
 	o.secrets = known
+	if known.bare = runsAgain(o.args); !known.bare {
+		known.hideArguments(args)
+	}
 	switch {
 	case o.longOptions || o.shortOptions:
 		return 0, write(stdout, optionNames(o.longOptions))
@@ -125,6 +127,7 @@ func dispatch(args []string, stdout, stderr io.Writer, known *secrets) (int, err
 	}
 	out := newLog(o, stderr)
 	if start == nil && serving && !o.foreground && !o.dumpPlugin {
+		known.hideArguments(args)
 		code, err := background(args, known)
 		return code, out.report(err)
 	}
@@ -134,10 +137,15 @@ func dispatch(args []string, stdout, stderr io.Writer, known *secrets) (int, err
 		}
 	}
 	if o.supervise && superior == nil && serving && !o.dumpPlugin {
+		known.hideArguments(args)
 		code, err := supervise(o, args, start, stdout, out)
 		return code, out.report(err)
 	}
-	os.Unsetenv(argsVariable) // not for servers that a module runs
+	if !known.bare {
+		os.Unsetenv(argsVariable) // not for servers that a module runs
+	} else if err := handBack(handedOver(o, start)); err != nil {
+		return 1, err
+	}
 	code, err := serve(o, start, stdout, out)
 	return code, out.report(superior.tellError(err, known))
 }

@@ -50,7 +50,10 @@ const argumentsVariable = "NBDHOST_ARGUMENTS_FD"
 // there: those from 3 on may belong to the user, who names them in parameters. No other
 // process may be started meanwhile.
 func startAgain(cmd *exec.Cmd, args []string, hide *secrets, fds ...int) error {
-	cmd.Path, cmd.Args = "/proc/self/exe", hide.redactAll(args)
+	cmd.Path, cmd.Args = "/proc/self/exe", args
+	if hide == nil || !hide.bare {
+		cmd.Args = hide.redactAll(args)
+	}
 	if _, err := os.Stat(cmd.Path); err != nil { // no proc(5) here
 		if cmd.Path, err = exec.LookPath(args[0]); err != nil {
 			return fmt.Errorf("find this program: %w: need /proc, or to be started by a path", err)

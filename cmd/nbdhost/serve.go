@@ -294,6 +294,10 @@ func serveLoaded(o *options, start *starter, stdout io.Writer, out *logHandler,
 		return 1, err
 	}
 	loader.SetStdioSafe(false) // it is the server's from now on
+	if o.secrets.bare {
+		takeBack(handedOver(o, start))
+		o.secrets.hideArguments(os.Args)
+	}
 
 	stop.inOrder()
 	log := slog.New(out)
