@@ -215,7 +215,7 @@ func TestSignals(t *testing.T) {
 	const ours, ignored, onStack = 1, 2, 8 // as disposition in testdata/calls.c
 	// SIGSEGV, SIGUSR1, SIGINT, SIGXFSZ, SIGPIPE, SIGTERM. The module keeps its own
 	// handler of SIGUSR1, and SIGXFSZ ignored.
-	want := fmt.Sprintln([]int{onStack, ours | onStack, onStack, ignored, ignored | onStack, onStack})
+	want := fmt.Sprintln([]int{onStack, ours | onStack, onStack, ignored, onStack, onStack})
 	if err != nil || string(out) != want {
 		t.Errorf("got %v, %q, need %q", err, out, want)
 	}

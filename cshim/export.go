@@ -67,11 +67,12 @@ func SetHost(h Host) {
 	}
 }
 
-// Init prepares the process for modules: SIGPIPE is ignored in all threads, the Go
-// ones and the others, and no handler of the Go runtime interrupts system calls for
+// Init prepares the process for modules: SIGPIPE ends no thread, neither Go's nor
+// others, and no handler of the Go runtime interrupts system calls for
 // signals that nobody waits for. Call it once, before anything is loaded.
 func Init() error {
-	signal.Ignore(syscall.SIGPIPE)
+	// Caught and not ignored: the programs that modules start have it at its default.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	if err := C.nbdhost_init(); err != 0 {
 		return fmt.Errorf("create eventfd: %w", syscall.Errno(err))
 	}
@@ -79,6 +80,13 @@ func Init() error {
 		return fmt.Errorf("prepare for crashes: %w", syscall.Errno(err))
 	}
 	return nil
+}
+
+// IgnoreSIGPIPE has the programs that modules start from now on ignore SIGPIPE, as nbdkit does once it
+// is configured. It takes the place of an earlier [SaveSignals].
+func IgnoreSIGPIPE() {
+	signal.Ignore(syscall.SIGPIPE)
+	SaveSignals()
 }
 
 // moduleNames are those of modules, for C: a map[string]CStr.

@@ -30,7 +30,7 @@
 //
 // Init leaves SIGURG, SIGCHLD and SIGWINCH to the kernel's default, since Go's handlers of them interrupt
 // what modules wait for: a goroutine is preempted at its next function call only, so that a loop without one holds
-// up all others, and [os/signal.Notify] brings none of the three. SIGPIPE is ignored.
+// up all others, and [os/signal.Notify] brings none of the three. SIGPIPE ends nothing; [EndConfiguration] has it ignored.
 //
 // Modules change signal handlers that the Go runtime needs, or that stop the
 // server. Open records them before the module is loaded, and these are put back

@@ -77,6 +77,13 @@ func Init(h Host) error {
 // SetVerbose says whether modules' debug lines are wanted. They are not at first.
 func SetVerbose(on bool) { cshim.SetVerbose(on) }
 
+// EndConfiguration comes after .get_ready. Modules may not use standard input and output any more
+// ([SetStdioSafe]), and the programs that they start ignore SIGPIPE from here on, as with nbdkit.
+func EndConfiguration() {
+	SetStdioSafe(false)
+	cshim.IgnoreSIGPIPE()
+}
+
 // SetStdioSafe says whether modules may use standard input and output while they
 // are configured (nbdkit_stdio_safe(3)). They may unless told otherwise.
 func SetStdioSafe(on bool) { cshim.SetStdioSafe(on) }

@@ -132,6 +132,8 @@ var commandLines = []commandLine{
 	{args: "-s nosuch"}, {args: "-s null foo"},
 
 	// Flags that nobody takes.
+	// Until the server serves, SIGPIPE ends what a plugin has started, as it ends most programs.
+	{args: "-U - data ' <(yes)[:4096] ' --run 'nbdcopy $uri - | md5sum'"},
 	{args: "-U - '-D vddk.datapath=0' null --run true"}, {args: "-U - -D vddk.datapath=0 null --run true"},
 	{args: "-U - -D nbdkit.backend.datapath=0 null --run true"}, {args: "-U - --debug null.nosuch=1 null --run true"},
 

@@ -293,7 +293,7 @@ func serveLoaded(o *options, start *starter, stdout io.Writer, out *logHandler,
 	if err := chain.GetReady(); err != nil {
 		return 1, err
 	}
-	loader.SetStdioSafe(false) // it is the server's from now on
+	loader.EndConfiguration()
 	if o.secrets.bare {
 		takeBack(handedOver(o, start))
 		o.secrets.hideArguments(os.Args)
