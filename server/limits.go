@@ -60,8 +60,8 @@ type delays struct{ requests, nanoseconds atomic.Uint64 }
 
 const (
 	defaultBytesPerConnection = 256 << 20
-	// defaultPinned is far below the threads that a Go program may have, 10,000, and that
-	// containers usually allow: one more ends the process.
+	// defaultPinned is far below the threads that containers usually allow, and a Go program
+	// (10,000, see debug.SetMaxThreads): one more ends the process.
 	defaultPinned = 1000
 	// largestBuffer is the most that one request makes the server hold, in
 	// bytes: its payload, its reply, or zeroes for a module that has no .zero.

@@ -125,6 +125,45 @@ func TestNotify(t *testing.T) {
 		})
 	}
 
+	// A service that starts a server for itself is the one that speaks to its manager, and what the
+	// server runs may speak too.
+	t.Run("another's", func(t *testing.T) {
+		t.Parallel()
+		dir := tempDir(t)
+		m := newManager(t, filepath.Join(dir, "notify"))
+		ready := filepath.Join(dir, "ready")
+		w, err := newWatch(dir, "ready")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer w.Close()
+		s := m.start(dir, []string{"SYSTEMD_EXEC_PID=1"}, "-P", ready, "eval", "get_size=echo 1M", "after_fork=echo $NOTIFY_SOCKET >"+dir+"/env")
+		if err := w.wait(); err != nil {
+			t.Fatal(err)
+		}
+		s.signal(syscall.SIGTERM)
+		s.wait()
+		if got, want := command(t, "cat", filepath.Join(dir, "env")), m.LocalAddr().String()+"\n"; got != want {
+			t.Errorf("the plugin knows of the manager %q, want %q", got, want)
+		}
+		if _, err := m.WriteTo([]byte("the end"), m.LocalAddr()); err != nil { // behind all that there is
+			t.Fatal(err)
+		}
+		if got := m.next(""); !slices.Equal(got, []string{"the end"}) {
+			t.Errorf("the manager got %q", got)
+		}
+	})
+	t.Run("a watchdog that makes no sense", func(t *testing.T) {
+		t.Parallel()
+		dir := tempDir(t)
+		m := newManager(t, filepath.Join(dir, "notify"))
+		s := m.start(dir, []string{"WATCHDOG_USEC=18446744073709551615"}, "memory", "1M")
+		m.next("READY")
+		s.signal(syscall.SIGTERM)
+		s.wait()
+		wantLog(t, s, `nbdkit: warning: read WATCHDOG_USEC: got "18446744073709551615": need a number of microseconds; going on without`)
+	})
+
 	// The watchdog is fed by whoever lives: the server, and between two servers the
 	// supervisor.
 	t.Run("crash", func(t *testing.T) {

@@ -227,14 +227,17 @@ func TestSuperviseStart(t *testing.T) {
 	t.Run("for good", func(t *testing.T) {
 		t.Parallel()
 		dir := tempDir(t)
-		s := start(t, nbdhost, dir, false, "--supervise", fixture(t, "crash"), "do=_exit", "broken=DIR/broken")
+		s := start(t, nbdhost, dir, false, "--supervise", "--log=DIR/log", fixture(t, "crash"), "do=_exit", "broken=DIR/broken")
 		writeFile(t, filepath.Join(dir, "broken"), "", 0o600)
 		s.crash()
 		<-s.exited
 		if s.status == nil || s.status.Error() != "exit status 1" {
 			t.Errorf("got %v, want exit status 1", s.status)
 		}
-		wantLog(t, s, `nbdhost: error: the server process \d+ exited with status 1: gave up after 8 starts in a row that failed`)
+		log := command(t, "cat", filepath.Join(dir, "log"))
+		if !regexp.MustCompile(`nbdkit: error: the server process \d+ exited with status 1: gave up after 8 starts in a row that failed\n$`).MatchString(log) {
+			t.Errorf("log: got\n%s", log)
+		}
 	})
 }
 
@@ -400,6 +403,31 @@ func TestSuperviseWith(t *testing.T) {
 		log := command(t, "cat", filepath.Join(dir, "log"))
 		if !strings.Contains(log, "plugin crash called _exit(7) in .pread") || !strings.Contains(log, "starting it again") {
 			t.Errorf("log: got\n%s", log)
+		}
+	})
+	t.Run("the directory is removed", func(t *testing.T) {
+		t.Parallel()
+		dir := tempDir(t)
+		where := filepath.Join(dir, "where")
+		if err := os.Mkdir(where, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		sock, pidfile, log := filepath.Join(dir, "sock"), filepath.Join(dir, "pid"), filepath.Join(dir, "log")
+		got := runCLI(t, where, "", nbdhost, "--supervise", "-U", sock, "-P", pidfile, "--log="+log, fixture(t, "crash"), "do=_exit")
+		if got.status != 0 {
+			t.Fatalf("got status %d\n%s", got.status, got.stderr)
+		}
+		pid := strings.TrimSpace(command(t, "cat", pidfile))
+		t.Cleanup(func() { try(t, "kill", "-KILL", pid) })
+		if err := os.Remove(where); err != nil {
+			t.Fatal(err)
+		}
+		s := &server{t: t, network: "unix", address: sock}
+		s.crash()
+		s.hello(false).disc()
+		command(t, "kill", pid)
+		if text := command(t, "cat", log); !strings.Contains(text, "start server in / instead: stat "+where+": no such file") {
+			t.Errorf("log: got\n%s", text)
 		}
 	})
 	t.Run("--exit-with-parent", func(t *testing.T) {

@@ -132,14 +132,13 @@ func dispatch(args []string, stdout, stderr io.Writer, known *secrets) (int, err
 		return code, out.report(err)
 	}
 	if o.notify == nil && serving {
-		if o.notify, err = findNotifier(); err != nil {
+		if o.notify, err = findNotifier(start); err != nil {
 			slog.New(out).Warn(err.Error() + "; going on without")
 		}
 	}
 	if o.supervise && superior == nil && serving && !o.dumpPlugin {
 		known.hideArguments(args)
-		code, err := supervise(o, args, start, stdout, out)
-		return code, out.report(err)
+		return supervise(o, args, start, stdout, out)
 	}
 	if !known.bare {
 		os.Unsetenv(argsVariable) // not for servers that a module runs

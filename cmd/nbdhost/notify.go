@@ -21,8 +21,15 @@ type notifier struct {
 }
 
 // findNotifier returns the service manager that the environment names, or nil. It hides
-// it from modules and the programs that they run.
-func findNotifier() (*notifier, error) {
+// it from modules and the programs that they run. start is who started this process in the
+// background, or nil. Where systemd's main process for the unit is another one still, which has
+// started this server for itself, the manager is that one's, and nothing is hidden. An error comes with what
+// there is without what it is about.
+func findNotifier(start *starter) (*notifier, error) {
+	if main := os.Getenv("SYSTEMD_EXEC_PID"); main != "" && main != strconv.Itoa(os.Getpid()) &&
+		(start == nil || main != strconv.Itoa(os.Getppid())) {
+		return nil, nil
+	}
 	path, interval, pid := os.Getenv("NOTIFY_SOCKET"), os.Getenv("WATCHDOG_USEC"), os.Getenv("WATCHDOG_PID")
 	for _, v := range []string{"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} {
 		os.Unsetenv(v)
@@ -40,7 +47,7 @@ func findNotifier() (*notifier, error) {
 	n := &notifier{conn: conn}
 	if us, err := strconv.ParseUint(interval, 10, 63); interval != "" && (pid == "" || pid == strconv.Itoa(os.Getpid())) {
 		if err != nil || us == 0 || us > uint64(1<<63-1)/1000 {
-			return nil, fmt.Errorf("read WATCHDOG_USEC: got %q: need a number of microseconds", interval)
+			return n, fmt.Errorf("read WATCHDOG_USEC: got %q: need a number of microseconds", interval)
 		}
 		n.watchdog = time.Duration(us) * time.Microsecond
 	}

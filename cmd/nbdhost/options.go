@@ -22,8 +22,8 @@ import (
 
 // Limits of options.
 const (
-	maxThreads = 8192 // calls in progress; the Go runtime ends a process at 10000 threads
-	maxSocket  = 107  // bytes of a path in struct sockaddr_un, without the NUL
+	maxCalls  = 8192 // in progress on a connection (--threads)
+	maxSocket = 107  // bytes of a path in struct sockaddr_un, without the NUL
 )
 
 // options is what the command line asks for.
@@ -197,8 +197,8 @@ var optionTable = []option{
 	{groupServe, []string{"threads"}, "t", "N", "requests in progress on each connection (default 16)",
 		func(o *options, v string) error {
 			n, err := strconv.ParseUint(v, 0, 32)
-			if err != nil || n > maxThreads {
-				return fmt.Errorf("got %q: need a number from 1 to %d, or 0 for the default", v, maxThreads)
+			if err != nil || n > maxCalls {
+				return fmt.Errorf("got %q: need a number from 1 to %d, or 0 for the default", v, maxCalls)
 			}
 			o.threads = int(n)
 			return nil

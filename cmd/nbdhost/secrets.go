@@ -25,7 +25,7 @@ const minSecret = 4
 // a module reads with nbdkit_read_password(3). The nil one knows patterns only. It may
 // be used on any thread.
 type secrets struct {
-	bare     bool // a process that is started again needs its arguments as they are: see runsAgain
+	bare bool // a process that is started again needs its arguments as they are: see runsAgain
 
 	mu       sync.Mutex
 	hide     map[string]string

@@ -10,10 +10,12 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -31,6 +33,10 @@ const (
 	minProcs = 16
 	maxProcs = 128
 )
+
+// maxThreads is how many threads there may be, instead of the 10,000 of Go: each call that a plugin
+// does not return from has one, and the last must not end the process.
+const maxThreads = 1 << 22
 
 // setProcs sets with how many a server begins, and mostProcs returns how many it may have,
 // unless the environment says how many there are to be.
@@ -53,6 +59,7 @@ func procsGiven() bool { return os.Getenv("GOMAXPROCS") != "" }
 // the process. start is whom to tell that it is ready, or nil.
 func serve(o *options, start *starter, stdout io.Writer, out *logHandler) (int, error) {
 	setProcs()
+	debug.SetMaxThreads(maxThreads)
 	// Files that plugins and we make do not depend on who starts the server.
 	unix.Umask(0o022)
 	switch {
@@ -419,6 +426,7 @@ func serveClients(o *options, start *starter, out *logHandler,
 	clean := srv.Wait()
 	switch {
 	case !clean:
+		time.AfterFunc(time.Second, func() { os.Exit(1) }) // where nobody reads the log
 		log.Error(fmt.Sprintf("shut down: plugin %s has not returned from a call within the drain timeout of %v: "+
 			"exiting without .cleanup and .unload", chain.Name(), o.drainTimeout))
 		e.remove()

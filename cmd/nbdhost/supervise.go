@@ -123,6 +123,7 @@ type supervisor struct {
 // supervise runs the program again as a server, until that ends as it should.
 func supervise(o *options, args []string, start *starter, stdout io.Writer, out *logHandler) (code int, err error) {
 	log := slog.New(out)
+	defer func() { err = out.report(err) }()
 	unix.Umask(0o022) // as in serve
 	if o.log != logDefault {
 		if err := out.logTo(o.log); err != nil {
@@ -133,7 +134,7 @@ func supervise(o *options, args []string, start *starter, stdout io.Writer, out 
 		signals: make(chan os.Signal, 8), command: captive{log: log}}
 	signal.Notify(s.signals, stopSignals...)
 	if s.dir, err = os.Getwd(); err != nil {
-		return 1, fmt.Errorf("find working directory: %w", err)
+		s.dir = "/" // it has been removed, and so nothing is in it
 	}
 	if s.passwords, err = keepPasswords(o.args[1:]); err != nil {
 		return 1, err
@@ -146,8 +147,12 @@ func supervise(o *options, args []string, start *starter, stdout io.Writer, out 
 		return 1, err
 	}
 	o.tls.addTo(&s.e.uri)
-	if code, err = s.run(); !s.served {
+	switch code, err = s.run(); {
+	case !s.served:
 		s.e.abandon()
+	case err != nil: // standard error may have been given up
+		log.Error(err.Error())
+		err = errReported
 	}
 	s.e.remove()
 	return s.command.finish(code), err
@@ -218,17 +223,23 @@ func (s *supervisor) run() (int, error) {
 	failed := 0
 	for {
 		c, err := s.startServer()
-		if err != nil {
+		if err != nil && !s.served {
 			return 1, err
 		}
-		s.watch(c)
-		status, text := exitStatus(c.cmd.ProcessState)
-		if text == "" {
-			text = fmt.Sprintf("exited with status %d", status)
-		}
-		how := fmt.Sprintf("server process %d %s", c.cmd.Process.Pid, text)
-		if c.err != "" {
-			how += ": " + c.err
+		status, how := 1, ""
+		if err != nil { // there may be no process, memory or descriptor free
+			c = &serverProcess{}
+			how = err.Error()
+		} else {
+			s.watch(c)
+			var text string
+			if status, text = exitStatus(c.cmd.ProcessState); text == "" {
+				text = fmt.Sprintf("exited with status %d", status)
+			}
+			how = fmt.Sprintf("server process %d %s", c.cmd.Process.Pid, text)
+			if c.err != "" {
+				how += ": " + c.err
+			}
 		}
 		switch {
 		case s.failure != nil:
@@ -346,8 +357,13 @@ func (s *supervisor) startServer() (_ *serverProcess, err error) {
 		return nil, err
 	}
 	c := &serverProcess{control: conn.(*net.UnixConn), messages: make(chan string, 16), exited: make(chan struct{})}
+	dir := s.dir
+	if _, err := os.Stat(dir); err != nil {
+		s.log.Warn("start server in / instead: " + err.Error())
+		dir = "/"
+	}
 	c.cmd = &exec.Cmd{
-		Dir: s.dir, Env: append(os.Environ(), superviseVariable+"="+string(text)),
+		Dir: dir, Env: append(os.Environ(), superviseVariable+"="+string(text)),
 		Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr,
 	}
 	for _, fd := range s.passwords {
