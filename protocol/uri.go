@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/url"
+	"regexp"
 	"strconv"
 	"strings"
 )
@@ -36,11 +37,14 @@ type URI struct {
 	Params url.Values
 }
 
+// password is what no error shows.
+var password = regexp.MustCompile(`(//[^/@:]*:)[^/@]*@`)
+
 // ParseURI parses a URI. Schemes are nbd, nbds, nbd+unix, nbds+unix, nbd+vsock
 // and nbds+vsock. Errors wrap ErrURI.
 func ParseURI(s string) (*URI, error) {
 	fail := func(format string, args ...any) (*URI, error) {
-		return nil, fmt.Errorf("parse %q: %s: %w", s, fmt.Sprintf(format, args...), ErrURI)
+		return nil, fmt.Errorf("parse %q: %s: %w", password.ReplaceAllString(s, "$1***@"), fmt.Sprintf(format, args...), ErrURI)
 	}
 	u, err := url.Parse(s)
 	if err != nil {

@@ -105,3 +105,11 @@ func FuzzParseURI(f *testing.F) {
 		}
 	})
 }
+
+// Errors go to logs.
+func TestParseURIPassword(t *testing.T) {
+	_, err := ParseURI("nbd+x://me:secret@host/")
+	if err == nil || strings.Contains(err.Error(), "secret") || !strings.Contains(err.Error(), "//me:***@host/") {
+		t.Errorf("got %v", err)
+	}
+}

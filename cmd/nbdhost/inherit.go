@@ -29,7 +29,7 @@ func inheritSockets() (int, error) {
 		os.Unsetenv(v)
 	}
 	n, err := strconv.ParseUint(fds, 10, 16)
-	if err != nil {
+	if err != nil || n == 0 {
 		return 0, fmt.Errorf("read LISTEN_FDS: got %q: need the number of sockets from descriptor %d on", fds, firstInherited)
 	}
 	for fd := firstInherited; fd < firstInherited+int(n); fd++ {

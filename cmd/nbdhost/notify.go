@@ -54,18 +54,29 @@ func findNotifier(start *starter) (*notifier, error) {
 	return n, nil
 }
 
-// tell sends assignments such as READY=1. A manager that has gone is no reason to stop.
-func (n *notifier) tell(assignments ...string) {
+// patience is how long a message waits for a manager that does not read, and briefly how long one does
+// of which there will be more.
+const (
+	patience = time.Second
+	briefly  = 10 * time.Millisecond
+)
+
+// tell sends assignments such as WATCHDOG=1. A manager that has gone, or does not read, is no reason to stop.
+func (n *notifier) tell(assignments ...string) { n.send(briefly, assignments) }
+
+func (n *notifier) ready() {
+	n.send(patience, []string{"READY=1", "MAINPID=" + strconv.Itoa(os.Getpid())})
+}
+
+func (n *notifier) stopping() { n.send(patience, []string{"STOPPING=1", "STATUS=stopping"}) }
+
+func (n *notifier) send(wait time.Duration, assignments []string) {
 	if n == nil {
 		return
 	}
-	n.conn.SetWriteDeadline(time.Now().Add(time.Second)) // one that does not read is none either
+	n.conn.SetWriteDeadline(time.Now().Add(wait))
 	_, _ = n.conn.Write([]byte(strings.Join(assignments, "\n")))
 }
-
-func (n *notifier) ready() { n.tell("READY=1", "MAINPID="+strconv.Itoa(os.Getpid())) }
-
-func (n *notifier) stopping() { n.tell("STOPPING=1", "STATUS=stopping") }
 
 // statusInterval is how often STATUS is sent, if it has changed.
 const statusInterval = 5 * time.Second

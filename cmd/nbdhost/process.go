@@ -165,7 +165,10 @@ func background(args []string, hide *secrets) (int, error) {
 // exitStatus returns the status to end with as the process did, the way a shell
 // has it, and a few words if a signal ended it.
 func exitStatus(p *os.ProcessState) (status int, text string) {
-	w := p.Sys().(syscall.WaitStatus)
+	w, ok := p.Sys().(syscall.WaitStatus)
+	if !ok {
+		return 1, "ended in a way that is not known"
+	}
 	if w.Signaled() {
 		return 128 + int(w.Signal()), fmt.Sprintf("was ended by signal %d (%v)", int(w.Signal()), w.Signal())
 	}

@@ -87,7 +87,7 @@ func (s *superior) tellError(err error, hide *secrets) error {
 	if s == nil || err == nil || saidByModule(err) {
 		return err
 	}
-	s.tell("ERROR=" + hide.redact(err.Error()))
+	s.send(patience, []string{"ERROR=" + hide.redact(err.Error())})
 	return errReported
 }
 
