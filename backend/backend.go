@@ -42,9 +42,9 @@ type BlockSize struct {
 // that Has reports and is never asked for another; what is to be done instead is
 // the business of [Layer] and [Session].
 //
-// Errors are of type *Error; any other one counts as the server's own in logs and figures. The client
-// gets the [syscall.Errno] that is in an error, or EIO, and with structured replies the text. A panic ends
-// the process, as one in any goroutine does.
+// Errors are of type *Error; any other one counts as the server's own in logs and
+// figures. The client gets the [syscall.Errno] that is in an error, or EIO, and with
+// structured replies the text. A panic ends the process, as one in any goroutine does.
 type Module interface {
 	// Name is the module's own name, such as "file".
 	Name() string

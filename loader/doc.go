@@ -18,19 +18,22 @@
 // each one. The functions of [Host] are called on any thread, also on
 // those that modules create.
 //
-// A program that is not nbdhost begins its main goroutine with [runtime.LockOSThread], in an init function, and
-// makes these calls there. Some plugins work without that; which ones is not known.
+// A program that is not nbdhost begins its main goroutine with [runtime.LockOSThread], in
+// an init function, and makes these calls there. Some plugins work without that; which ones
+// is not known.
 //
 // # One process
 //
 // What [Init] and the settings do holds for the process, for all of its servers: there is
-// one Host, and [Quit] is for good. A library has its variables once, so a plugin can be served once at a time.
+// one Host, and [Quit] is for good. A library has its variables once, so a plugin can be
+// served once at a time.
 //
 // # Signals
 //
-// Init leaves SIGURG, SIGCHLD and SIGWINCH to the kernel's default, since Go's handlers of them interrupt
-// what modules wait for: a goroutine is preempted at its next function call only, so that a loop without one holds
-// up all others, and [os/signal.Notify] brings none of the three. SIGPIPE ends nothing; [EndConfiguration] has it ignored.
+// Init leaves SIGURG, SIGCHLD and SIGWINCH to the kernel's default, since Go's handlers
+// of them interrupt what modules wait for: a goroutine is preempted at its next function
+// call only, so that a loop without one holds up all others, and [os/signal.Notify] brings
+// none of the three. SIGPIPE ends nothing; [EndConfiguration] has it ignored.
 //
 // Modules change signal handlers that the Go runtime needs, or that stop the
 // server. Open records them before the module is loaded, and these are put back

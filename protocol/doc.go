@@ -25,8 +25,8 @@
 //	Error values                               Errno, ErrnoOf, ErrnoFor
 //	URI format (uri.md)                        URI
 //
-// Every message has a pair of methods, but for OldstyleGreeting, which is never decoded. AppendTo appends its bytes to a slice
-// and does not allocate if that has room. Decode reads it from a slice: a
+// Every message has a pair of methods, but for OldstyleGreeting, which is never
+// decoded. AppendTo appends its bytes to a slice and does not allocate if that has room. Decode reads it from a slice: a
 // header of fixed size from the slice's start, anything else from all of it.
 // Decode checks each length before it uses it, keeps nothing of the slice,
 // allocates no more than a small multiple of it, and says on failure what it

@@ -45,8 +45,8 @@
 // large, until their replies are sent; a buffer of input, which is for the request under way or of
 // 3 MiB at most, at most Options.Threads small requests that were taken for short, or a burst of
 // them, and 1 MiB of small replies behind them. Then no more calls are made for it. Block status
-// is bounded by the number of calls, each by backend.MaxExtents, and by the module's own list of 2^20
-// extents while it lasts.
+// is bounded by the number of calls, each by backend.MaxExtents, and by the module's own
+// list of 2^20 extents while it lasts.
 //
 // # Limits and figures
 //
@@ -58,7 +58,8 @@
 //
 // [Server.Stats] adds up what tasks have counted (stats.go). A task counts in memory of
 // its own and tells its connection before it sends: of requests that are in hand together none
-// costs an atomic operation or a reading of the clock for that. [Server.Probe] is a health check's read (probe.go).
+// costs an atomic operation or a reading of the clock for that. [Server.Probe] is a
+// health check's read (probe.go).
 //
 // # Who owns what
 //

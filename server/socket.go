@@ -30,10 +30,10 @@ type socket struct {
 	resting bool // nc has the deadline of rest; of who has the connection
 }
 
-// A Socket is a connection of a type that this package does not know, of which it may use the
-// descriptor as it does that of a [net.TCPConn] or [net.UnixConn]: Read and Write do nothing but receive from it
-// and send to it. What wraps a connection to do more is none, even where it has a SyscallConn
-// that is the inner one's.
+// A Socket is a connection of a type that this package does not know, of which it may use
+// the descriptor as it does that of a [net.TCPConn] or [net.UnixConn]: Read and Write do
+// nothing but receive from it and send to it. What wraps a connection to do more is none,
+// even where it has a SyscallConn that is the inner one's.
 type Socket interface {
 	net.Conn
 	syscall.Conn

@@ -22,9 +22,9 @@ type notifier struct {
 
 // findNotifier returns the service manager that the environment names, or nil. It hides
 // it from modules and the programs that they run. start is who started this process in the
-// background, or nil. Where systemd's main process for the unit is another one still, which has
-// started this server for itself, the manager is that one's, and nothing is hidden. An error comes with what
-// there is without what it is about.
+// background, or nil. Where systemd's main process for the unit is another one still, which
+// has started this server for itself, the manager is that one's, and nothing is hidden. An
+// error comes with what there is without what it is about.
 func findNotifier(start *starter) (*notifier, error) {
 	if main := os.Getenv("SYSTEMD_EXEC_PID"); main != "" && main != strconv.Itoa(os.Getpid()) &&
 		(start == nil || main != strconv.Itoa(os.Getppid())) {
