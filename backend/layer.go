@@ -94,7 +94,7 @@ func (l *Layer) listExports(c *Call, readonly bool) ([]Export, error) {
 		if list, useDefault, err = l.module.ListExports(c, readonly); err != nil {
 			return nil, err
 		}
-		list = slices.DeleteFunc(list, func(e Export) bool { return len(e.Name) > MaxString || len(e.Description) > MaxString })
+		list = slices.DeleteFunc(slices.Clone(list), func(e Export) bool { return len(e.Name) > MaxString || len(e.Description) > MaxString })
 	}
 	if useDefault {
 		if name, ok := l.DefaultExport(c, readonly); ok {

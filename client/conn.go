@@ -152,6 +152,9 @@ func dial(ctx context.Context, uri string, opts *Options, then func(*handshake) 
 		o.Dial = dialSocket
 	}
 	nc, err := o.Dial(ctx, u)
+	if err == nil && nc == nil {
+		err = errors.New("Options.Dial returned neither a connection nor an error: need one of them")
+	}
 	if err != nil {
 		if end, ok := ctx.Deadline(); ok && !time.Now().Before(end) {
 			<-ctx.Done() // it is about to end: package net watches the time by itself

@@ -66,6 +66,7 @@ type vsockConn struct {
 
 func (c *vsockConn) LocalAddr() net.Addr  { return vsockAddr{} }
 func (c *vsockConn) RemoteAddr() net.Addr { return c.remote }
+func (c *vsockConn) Socket()              {} // for TLS: its data is that of its descriptor
 
 // vsockAddr is a net.Addr.
 type vsockAddr struct{ cid, port uint32 }

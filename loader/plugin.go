@@ -31,7 +31,7 @@ var loaded sync.Map
 
 // Open loads the plugin in the shared library at path and checks it. The code in
 // the library runs from here on. It fails with [ErrInUse] where a plugin of the same file has been
-// loaded and not unloaded. Errors are of type [*Error].
+// loaded and not unloaded: of several that were opened before only one may be loaded. Errors are of type [*Error].
 func Open(path string) (*Plugin, error) {
 	p := &Plugin{module: module{kind: PluginKind, path: path}}
 	if err := p.open(); err != nil {
@@ -134,14 +134,14 @@ func (p *Plugin) ThreadModel() backend.ThreadModel { return backend.ThreadModel(
 
 // Load calls .load, if there is one. Until Unload this file cannot be opened again.
 func (p *Plugin) Load() {
-	loaded.Store(p.lib, nil)
+	loaded.LoadOrStore(p.lib, p)
 	p.module.Load()
 }
 
 // Unload calls .unload, if there is one. The library stays in memory.
 func (p *Plugin) Unload() {
 	p.module.Unload()
-	loaded.Delete(p.lib)
+	loaded.CompareAndDelete(p.lib, p)
 }
 
 func (p *Plugin) Cleanup() { cshim.CallVoid(nil, p.fn[backend.Cleanup]) }

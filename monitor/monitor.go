@@ -107,10 +107,10 @@ func (w debugWriter) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// Attach makes the monitor tell of s, which serves from now on. It panics where one was
+// Attach makes the monitor tell of s, which serves from now on. It panics where another one was
 // attached before, whose clients would be counted no more. It does nothing with a nil Monitor.
 func (m *Monitor) Attach(s *server.Server) {
-	if m != nil && !m.srv.CompareAndSwap(nil, s) {
+	if m != nil && !m.srv.CompareAndSwap(nil, s) && m.srv.Load() != s {
 		panic("monitor: got a second server to attach: need a Monitor for each")
 	}
 }

@@ -169,8 +169,18 @@ func (s *session) failure(code int32) error {
 }
 
 func (s *session) Move(nc net.Conn) error {
-	sc, ok := nc.(syscall.Conn)
-	if !ok {
+	var sc syscall.Conn
+	switch nc := nc.(type) { // as package server: what wraps a socket may do more than it does
+	case *net.TCPConn:
+		sc = nc
+	case *net.UnixConn:
+		sc = nc
+	case interface {
+		syscall.Conn
+		Socket()
+	}:
+		sc = nc
+	default:
 		return fmt.Errorf("use TLS on a %T: need a socket", nc)
 	}
 	raw, err := sc.SyscallConn()

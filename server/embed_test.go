@@ -3,9 +3,11 @@ package server
 import (
 	"io"
 	"net"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"nbdhost/backend"
 	"nbdhost/client"
@@ -123,10 +125,51 @@ func TestPassing(t *testing.T) {
 		syscall.EMFILE: true, syscall.ENOBUFS: true, syscall.ENOMEM: true, syscall.ECONNABORTED: true,
 		syscall.EPROTO: true, syscall.EPERM: true, syscall.EHOSTUNREACH: true,
 		syscall.EBADF: false, syscall.EINVAL: false, net.ErrClosed: false, io.EOF: false,
-		&net.DNSError{IsTemporary: true}: true,
+		&net.OpError{Op: "read", Err: syscall.ENETDOWN}: false,
+		&net.DNSError{IsTemporary: true}:                true,
 	} {
-		if got := passing(&net.OpError{Op: "accept", Err: err}); got != want {
+		if _, ok := err.(*net.OpError); !ok {
+			err = &net.OpError{Op: "accept", Err: err}
+		}
+		if got := passing(err); got != want {
 			t.Errorf("%v: got %v", err, got)
 		}
 	}
+}
+
+// A stubborn one does not return from Close until it may.
+type stubborn struct {
+	net.Conn
+	until chan struct{}
+}
+
+func (s stubborn) Close() error {
+	<-s.until
+	return s.Conn.Close()
+}
+
+// A program's connection that cannot be closed holds up nobody else, and the end only as long as it may.
+func TestStubborn(t *testing.T) {
+	s := New(Options{Chain: backend.NewChain(backend.NewMem(1<<20), nil, backend.Trace{}), DrainTimeout: time.Millisecond})
+	until := make(chan struct{})
+	var served sync.WaitGroup
+	serve := func() net.Conn {
+		ours, theirs := net.Pipe()
+		served.Go(func() { s.ServeConn(stubborn{theirs, until}) })
+		return ours
+	}
+	c, err := client.New(t.Context(), serve(), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Shutdown()
+	late := serve()
+	if s.Wait() {
+		t.Error("the server has ended, with a connection that has not")
+	}
+	s.Stats() // needs what admit holds
+	close(until)
+	served.Wait()
+	late.Close()
+	c.Close()
 }

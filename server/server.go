@@ -221,21 +221,31 @@ func (s *Server) Serve(l net.Listener) error {
 // passing tells whether an error of Accept concerns one connection or a lack of resources, and not
 // the listener: accept(2) also returns what has happened to the connection before.
 func passing(err error) bool {
-	var errno syscall.Errno
-	if !errors.As(err, &errno) { // the program's own
-		var t interface{ Temporary() bool }
-		return !errors.Is(err, net.ErrClosed) && errors.As(err, &t) && t.Temporary()
-	}
-	switch errno {
-	case syscall.EBADF, syscall.EFAULT, syscall.EINVAL, syscall.ENOTSOCK, syscall.EOPNOTSUPP, syscall.ENOSYS:
+	if errors.Is(err, net.ErrClosed) {
 		return false
 	}
-	return true
+	var t interface{ Temporary() bool }
+	if errors.As(err, &t) && t.Temporary() {
+		return true
+	}
+	var op *net.OpError
+	if errors.As(err, &op) && op.Op != "accept" {
+		return false // of whatever the program's listener is made of
+	}
+	var errno syscall.Errno
+	errors.As(err, &errno)
+	switch errno {
+	case syscall.ENOBUFS, syscall.ENOMEM, syscall.EPERM, syscall.EPROTO, syscall.ENOPROTOOPT, syscall.ECONNABORTED,
+		syscall.ENETDOWN, syscall.ENETUNREACH, syscall.EHOSTDOWN, syscall.EHOSTUNREACH, syscall.ENONET:
+		return true
+	}
+	return false
 }
 
 // ServeConn serves one connection and returns when it is over. It closes nc, which nobody else may
 // use from here on: data goes past it where it is a socket ([Socket]), and a busy connection is moved
-// to a descriptor of its own, so that to close nc would not end it. Shutdown does.
+// to a descriptor of its own, so that to close nc would not end it. Shutdown does. Without deadlines
+// (SSH's channels have none) an idle client stays until DrainTimeout, and HandshakeTimeout has no effect.
 func (s *Server) ServeConn(nc net.Conn) {
 	if c := s.admit(nc, false); c != nil {
 		c.over = make(chan struct{})
@@ -248,15 +258,22 @@ func (s *Server) ServeConn(nc net.Conn) {
 // beyond the limits is only there to be told so, if even that. A probe's is no
 // client's: it does not count.
 func (s *Server) admit(nc net.Conn, probe bool) *conn {
+	c := s.enter(nc, probe)
+	if c == nil {
+		nc.Close()
+	}
+	return c
+}
+
+// enter is admit but for the closing, since a program's connection may do anything then.
+func (s *Server) enter(nc net.Conn, probe bool) *conn {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.quitting() {
-		nc.Close()
 		return nil
 	}
 	c := newConn(s, nc)
 	if !probe && !s.count(c, address(nc)) {
-		nc.Close()
 		return nil
 	}
 	s.conns[c.id] = c
@@ -325,12 +342,12 @@ func (s *Server) drain() {
 	s.mu.Lock()
 	listeners, conns := slices.Collect(maps.Keys(s.listeners)), slices.Collect(maps.Values(s.conns))
 	s.mu.Unlock()
-	// Without mu: the caller's listeners and connections may do anything.
-	for _, l := range listeners {
-		(*l).Close()
-	}
+	// Without mu, and without waiting: the program's listeners and connections may do anything.
 	for _, c := range conns {
 		c.sock.wake(lastWords)
+	}
+	for _, l := range listeners {
+		s.accepting.Go(func() { (*l).Close() })
 	}
 }
 
@@ -359,7 +376,7 @@ func (s *Server) Wait() bool {
 	conns := slices.Collect(maps.Values(s.conns))
 	s.mu.Unlock()
 	for _, c := range conns {
-		c.disconnect(true)
+		go c.disconnect(true)
 	}
 	select {
 	case <-closed:

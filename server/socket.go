@@ -188,6 +188,7 @@ func (b blocking) Write(p []byte) (int, error) {
 }
 
 func (b blocking) Close() error                          { return nil }
+func (b blocking) Socket()                               {}
 func (b blocking) SyscallConn() (syscall.RawConn, error) { return descriptor(b.s.fd), nil }
 
 // A descriptor is a syscall.RawConn outside of the runtime's poller.

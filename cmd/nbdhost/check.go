@@ -328,6 +328,7 @@ func (l *life) start(chain *backend.Chain, magic string, args []string) error {
 	if err := chain.GetReady(); err != nil {
 		return err
 	}
+	loader.EndConfiguration()
 	l.forked = true
 	return chain.AfterFork()
 }

@@ -69,13 +69,14 @@ func dispatch(args []string, stdout, stderr io.Writer, known *secrets) (int, err
 	}
 	known.learn(words)
 	o, err := parse(words)
+	// Checks show what the plugin does; those of vddk want LD_LIBRARY_PATH to be there.
+	if known.bare = err == nil && o.check == "" && findings == nil && runsAgain(o.args); !known.bare {
+		known.hideArguments(args)
+	}
 	if err != nil {
 		return 1, err
 	}
 	o.secrets = known
-	if known.bare = runsAgain(o.args); !known.bare {
-		known.hideArguments(args)
-	}
 	switch {
 	case o.longOptions || o.shortOptions:
 		return 0, write(stdout, optionNames(o.longOptions))

@@ -6,6 +6,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"nbdhost/server"
@@ -14,6 +15,7 @@ import (
 // A notifier tells a service manager how the server is, in the words of sd_notify(3);
 // or the supervisor, which uses the same words. The nil one tells nobody.
 type notifier struct {
+	mu   sync.Mutex // held while one writes, whose deadline is the connection's
 	conn net.Conn
 	// watchdog is how long the manager goes without WATCHDOG=1 before it ends the
 	// server; 0: it does not care.
@@ -61,19 +63,32 @@ const (
 	briefly  = 10 * time.Millisecond
 )
 
-// tell sends assignments such as WATCHDOG=1. A manager that has gone, or does not read, is no reason to stop.
-func (n *notifier) tell(assignments ...string) { n.send(briefly, assignments) }
-
-func (n *notifier) ready() {
-	n.send(patience, []string{"READY=1", "MAINPID=" + strconv.Itoa(os.Getpid())})
+// tell sends assignments such as WATCHDOG=1, of which there will be more. A manager that has gone, or does
+// not read, is no reason to stop.
+func (n *notifier) tell(assignments ...string) {
+	if n == nil || !n.mu.TryLock() {
+		return
+	}
+	defer n.mu.Unlock()
+	n.send(briefly, assignments)
 }
 
-func (n *notifier) stopping() { n.send(patience, []string{"STOPPING=1", "STATUS=stopping"}) }
-
-func (n *notifier) send(wait time.Duration, assignments []string) {
+// insist sends assignments that are said once.
+func (n *notifier) insist(assignments ...string) {
 	if n == nil {
 		return
 	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	n.send(patience, assignments)
+}
+
+func (n *notifier) ready() { n.insist("READY=1", "MAINPID="+strconv.Itoa(os.Getpid())) }
+
+func (n *notifier) stopping() { n.insist("STOPPING=1", "STATUS=stopping") }
+
+// send sends one message. mu is held.
+func (n *notifier) send(wait time.Duration, assignments []string) {
 	n.conn.SetWriteDeadline(time.Now().Add(wait))
 	_, _ = n.conn.Write([]byte(strings.Join(assignments, "\n")))
 }

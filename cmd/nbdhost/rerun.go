@@ -53,14 +53,19 @@ func handBack(fds []int) error {
 	return nil
 }
 
-// takeBack undoes handBack, where the plugin did not run the program again.
-func takeBack(fds []int) {
+// takeBack hides everything, where the plugin is not going to run the program again any more.
+func (o *options) takeBack(start *starter) {
+	if !o.secrets.bare {
+		return
+	}
+	o.secrets.bare = false
 	for _, name := range handoverVariables {
 		os.Unsetenv(name)
 	}
-	for _, fd := range fds {
+	for _, fd := range handedOver(o, start) {
 		unix.CloseOnExec(fd)
 	}
+	o.secrets.hideArguments(os.Args)
 }
 
 // handedOver returns the descriptors that the environment names.

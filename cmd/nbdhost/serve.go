@@ -104,6 +104,9 @@ func serve(o *options, start *starter, stdout io.Writer, out *logHandler) (int, 
 	if err != nil {
 		return 1, o.swallowed(err)
 	}
+	if found.Script != "" { // whatever it is called
+		o.takeBack(start)
+	}
 	log.Debug("registering plugin " + found.Path)
 	plugin, err := loader.Open(found.Path)
 	if err != nil {
@@ -301,10 +304,7 @@ func serveLoaded(o *options, start *starter, stdout io.Writer, out *logHandler,
 		return 1, err
 	}
 	loader.EndConfiguration()
-	if o.secrets.bare {
-		takeBack(handedOver(o, start))
-		o.secrets.hideArguments(os.Args)
-	}
+	o.takeBack(start)
 
 	stop.inOrder()
 	log := slog.New(out)
@@ -426,9 +426,10 @@ func serveClients(o *options, start *starter, out *logHandler,
 	clean := srv.Wait()
 	switch {
 	case !clean:
-		time.AfterFunc(time.Second, func() { os.Exit(1) }) // where nobody reads the log
+		unread := time.AfterFunc(time.Second, func() { os.Exit(1) }) // where nobody reads the log
 		log.Error(fmt.Sprintf("shut down: plugin %s has not returned from a call within the drain timeout of %v: "+
 			"exiting without .cleanup and .unload", chain.Name(), o.drainTimeout))
+		unread.Stop()
 		e.remove()
 		return statusStuck, nil
 	case err != nil:

@@ -87,7 +87,7 @@ func (s *superior) tellError(err error, hide *secrets) error {
 	if s == nil || err == nil || saidByModule(err) {
 		return err
 	}
-	s.send(patience, []string{"ERROR=" + hide.redact(err.Error())})
+	s.insist("ERROR=" + hide.redact(err.Error()))
 	return errReported
 }
 
@@ -133,6 +133,7 @@ func supervise(o *options, args []string, start *starter, stdout io.Writer, out 
 	s := &supervisor{o: o, args: args, start: start, log: log, out: out, stdout: stdout, notify: o.notify,
 		signals: make(chan os.Signal, 8), command: captive{log: log}}
 	signal.Notify(s.signals, stopSignals...)
+	signal.Ignore(unix.SIGPIPE) // a log that nobody reads must not end it
 	if s.dir, err = os.Getwd(); err != nil {
 		s.dir = "/" // it has been removed, and so nothing is in it
 	}
@@ -150,7 +151,7 @@ func supervise(o *options, args []string, start *starter, stdout io.Writer, out 
 	switch code, err = s.run(); {
 	case !s.served:
 		s.e.abandon()
-	case err != nil: // standard error may have been given up
+	case err != nil && s.failure == nil: // standard error may have been given up
 		log.Error(err.Error())
 		err = errReported
 	}
@@ -229,7 +230,7 @@ func (s *supervisor) run() (int, error) {
 		status, how := 1, ""
 		if err != nil { // there may be no process, memory or descriptor free
 			c = &serverProcess{}
-			how = err.Error()
+			how = "server process: " + err.Error()
 		} else {
 			s.watch(c)
 			var text string
