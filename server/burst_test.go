@@ -133,6 +133,9 @@ func TestBurst(t *testing.T) {
 			}
 			s, nc, c := burstConn(t, h, tt.o)
 			conn.Store(c)
+			if len(tt.hold) == 0 { // no call is taken for a long one, however busy the machine is
+				eventually(t, s, func(Stats) bool { return c.watched.CompareAndSwap(false, true) })
+			}
 			before := s.Stats()
 			if _, err := nc.Write(alternating(n)); err != nil {
 				t.Fatal(err)
