@@ -183,19 +183,23 @@ func TestParseDebugFlag(t *testing.T) {
 	}
 }
 
-// One file is one set of variables: a second plugin of it would change the first one's.
+// One file is one set of variables: a second plugin of it would change the first one's, also where the
+// plugin has no .load or no .unload.
 func TestOpenTwice(t *testing.T) {
-	path := compile(t, "plugin.c")
-	first, err := Open(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	first.Load()
-	if second, err := Open(path); !errors.Is(err, ErrInUse) {
-		t.Errorf("while it is loaded: got %v and %v, need %v", second, err, ErrInUse)
-	}
-	first.Unload()
-	if _, err := Open(path); err != nil {
-		t.Errorf("once it is unloaded: %v", err)
+	for _, source := range []string{"plugin.c", "signals.c", "bad.c"} {
+		path := compile(t, source)
+		first, err := Open(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ch := backend.NewChain(first, nil, backend.Trace{})
+		ch.Load()
+		if second, err := Open(path); !errors.Is(err, ErrInUse) {
+			t.Errorf("%s, while it is loaded: got %v and %v, need %v", source, second, err, ErrInUse)
+		}
+		ch.Unload()
+		if _, err := Open(path); err != nil {
+			t.Errorf("%s, once it is unloaded: %v", source, err)
+		}
 	}
 }

@@ -122,9 +122,10 @@ func (p *Plugin) check() error {
 // MagicConfigKey returns the key of a parameter that is given without one, or "".
 func (p *Plugin) MagicConfigKey() string { return p.magicConfigKey }
 
-// Has tells whether the plugin has the callback, or its handle can answer for it.
+// Has tells whether the plugin has the callback, or what is here can answer for it: Load and Unload
+// also say whether the file is in use.
 func (p *Plugin) Has(cb backend.Callback) bool {
-	return p.fn[cb] != nil || p.v1 && cb == backend.CanFastZero
+	return p.fn[cb] != nil || p.v1 && cb == backend.CanFastZero || cb == backend.Load || cb == backend.Unload
 }
 
 // ThreadModel returns the model that the plugin was compiled with.
