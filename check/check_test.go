@@ -1,4 +1,4 @@
-package check
+package check_test
 
 import (
 	"slices"
@@ -6,23 +6,15 @@ import (
 	"testing"
 
 	"nbdhost/backend"
+	"nbdhost/check"
 )
 
-// A disk in memory as a plugin.
-type disk struct{ *backend.Mem }
-
-func (disk) APIVersion() int        { return 2 }
-func (disk) StructSize() uint64     { return 0 }
-func (disk) Version() string        { return "" }
-func (disk) ConfigHelp() string     { return "" }
-func (disk) MagicConfigKey() string { return "" }
-
 // subject notes in called which of its functions are.
-func subject(called *[]string) *Subject {
+func subject(called *[]string) *check.Subject {
 	d := disk{backend.NewMem(1 << 20)}
 	note := func(name string) { *called = append(*called, name) }
-	return &Subject{
-		Open: func() (Plugin, error) { note("Open"); return d, nil },
+	return &check.Subject{
+		Open: func() (check.Plugin, error) { note("Open"); return d, nil },
 		Start: func() (*backend.Chain, error) {
 			note("Start")
 			return backend.NewChain(d, nil, backend.Trace{}), nil
@@ -37,7 +29,7 @@ func TestRun(t *testing.T) {
 	var called, begun, ended []string
 	err := subject(&called).Run([]string{"size.blocks", "file"},
 		func(name string) { begun = append(begun, name) },
-		func(r Result) { ended = append(ended, strings.TrimSpace(r.Name+" "+string(r.Status)+" "+r.Why)) })
+		func(r check.Result) { ended = append(ended, strings.TrimSpace(r.Name+" "+string(r.Status)+" "+r.Why)) })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -57,21 +49,21 @@ func TestRun(t *testing.T) {
 func TestRunMisuse(t *testing.T) {
 	for _, tt := range []struct {
 		patterns []string
-		spoil    func(*Subject)
+		spoil    func(*check.Subject)
 		err      []string // what the error says
 	}{
-		{[]string{"size", "nosuch"}, func(*Subject) {}, []string{`"nosuch"`, "size.stable", "zero.fast", "before a dot"}},
-		{[]string{"size.nosuch"}, func(*Subject) {}, []string{`"size.nosuch"`}},
-		{[]string{""}, func(*Subject) {}, []string{`""`}},
-		{nil, func(s *Subject) { s.Open = nil }, []string{"without Open"}},
-		{nil, func(s *Subject) { s.Serving = nil }, []string{"without Serving"}},
-		{nil, func(s *Subject) { s.Start = nil }, []string{"without Start"}},
-		{nil, func(s *Subject) { s.Stop = nil }, []string{"without Stop"}},
+		{[]string{"size", "nosuch"}, func(*check.Subject) {}, []string{`"nosuch"`, "size.stable", "zero.fast", "before a dot"}},
+		{[]string{"size.nosuch"}, func(*check.Subject) {}, []string{`"size.nosuch"`}},
+		{[]string{""}, func(*check.Subject) {}, []string{`""`}},
+		{nil, func(s *check.Subject) { s.Open = nil }, []string{"without Open"}},
+		{nil, func(s *check.Subject) { s.Serving = nil }, []string{"without Serving"}},
+		{nil, func(s *check.Subject) { s.Start = nil }, []string{"without Start"}},
+		{nil, func(s *check.Subject) { s.Stop = nil }, []string{"without Stop"}},
 	} {
 		var called []string
 		s := subject(&called)
 		tt.spoil(s)
-		err := s.Run(tt.patterns, func(name string) { called = append(called, name) }, func(Result) {})
+		err := s.Run(tt.patterns, func(name string) { called = append(called, name) }, func(check.Result) {})
 		for _, word := range tt.err {
 			if err == nil || !strings.Contains(err.Error(), word) {
 				t.Errorf("%q: got error %v, need one with %q", tt.patterns, err, word)

@@ -71,9 +71,10 @@ type conn struct {
 func newConn(s *Server, nc net.Conn) *conn {
 	id := backend.NewConnID()
 	c := &conn{s: s, id: id, log: s.log.With("conn", id)}
-	// There is no address where the client has gone already, and no name of a Unix socket's.
-	if peer := nc.RemoteAddr(); peer != nil && peer.String() != "" && peer.String() != "@" {
-		c.log = c.log.With("peer", peer.String())
+	if peer := nc.RemoteAddr(); peer != nil { // the client may have gone already
+		if name := peer.String(); name != "" && name != "@" { // a Unix socket's has none
+			c.log = c.log.With("peer", name)
+		}
 	}
 	c.sock.init(nc)
 	// It stays valid as long as calls are made: it is closed after the last one.
