@@ -2,10 +2,12 @@ package main
 
 import (
 	_ "embed"
+	"maps"
 	"regexp"
 	"slices"
 	"strings"
 
+	"nbdhost/check"
 	"nbdhost/loader"
 )
 
@@ -154,11 +156,11 @@ func values(opt *option, prefix string, o *options) (list []candidate) {
 	case "log-format":
 		words = []string{logText, logJSON}
 	case "sparse-reads":
-		words = []string{"auto", "always", "never"}
+		words = slices.Sorted(maps.Keys(sparseReads))
 	case "check":
-		words = []string{"text", "tap", "json"}
+		words = check.Formats
 	case "completion":
-		words = []string{"bash", "fish", "zsh"}
+		words = slices.Sorted(maps.Keys(completionScripts))
 	case "unix", "pidfile", "tls-psk", "tls-certificates", "plugin-path", "filter-path":
 		words = []string{filesWanted}
 	}

@@ -17,6 +17,8 @@ import (
 // (sd_listen_fds(3)).
 const firstInherited = 3
 
+var listenVariables = []string{"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"}
+
 // inheritSockets returns how many listening sockets the starting process, such as
 // systemd or a libnbd program, has handed over. It hides them and the variables
 // that say so from the programs that modules run.
@@ -25,7 +27,7 @@ func inheritSockets() (int, error) {
 	if fds == "" || pid != strconv.Itoa(os.Getpid()) {
 		return 0, nil // none, or another process's
 	}
-	for _, v := range []string{"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"} {
+	for _, v := range listenVariables {
 		os.Unsetenv(v)
 	}
 	n, err := strconv.ParseUint(fds, 10, 16)

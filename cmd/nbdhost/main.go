@@ -139,7 +139,8 @@ func dispatch(args []string, stdout, stderr io.Writer, known *secrets) (int, err
 	}
 	if o.supervise && superior == nil && serving && !o.dumpPlugin {
 		known.hideArguments(args)
-		return supervise(o, args, start, stdout, out)
+		code, err := supervise(o, args, start, stdout, out)
+		return code, out.report(err)
 	}
 	if !known.bare {
 		os.Unsetenv(argsVariable) // not for servers that a module runs

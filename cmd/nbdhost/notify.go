@@ -22,6 +22,8 @@ type notifier struct {
 	watchdog time.Duration
 }
 
+var notifyVariables = []string{"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}
+
 // findNotifier returns the service manager that the environment names, or nil. It hides
 // it from modules and the programs that they run. start is who started this process in the
 // background, or nil. Where systemd's main process for the unit is another one still, which
@@ -33,7 +35,7 @@ func findNotifier(start *starter) (*notifier, error) {
 		return nil, nil
 	}
 	path, interval, pid := os.Getenv("NOTIFY_SOCKET"), os.Getenv("WATCHDOG_USEC"), os.Getenv("WATCHDOG_PID")
-	for _, v := range []string{"NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"} {
+	for _, v := range notifyVariables {
 		os.Unsetenv(v)
 	}
 	if path == "" {

@@ -145,6 +145,9 @@ const (
 	groupInfo    = "Information"
 )
 
+// sparseReads are the values of --sparse-reads.
+var sparseReads = map[string]server.SparseReads{"auto": server.SparseAuto, "always": server.SparseAlways, "never": server.SparseNever}
+
 var groups = []string{groupListen, groupServe, groupLimits, groupTLS, groupProcess, groupOutput, groupMonitor, groupInfo}
 
 var optionTable = []option{
@@ -215,7 +218,7 @@ var optionTable = []option{
 	{groupServe, []string{"no-mc", "no-meta-contexts"}, "", "", "do not offer meta contexts (block status)", flag(func(o *options) *bool { return &o.noMC })},
 	{groupServe, []string{"sparse-reads"}, "", "WHEN", "answer reads with holes: auto (default; where zeroes were read), always (by the extents) or never",
 		func(o *options, v string) error {
-			when, ok := map[string]server.SparseReads{"auto": server.SparseAuto, "always": server.SparseAlways, "never": server.SparseNever}[v]
+			when, ok := sparseReads[v]
 			if !ok {
 				return fmt.Errorf("got %q: need auto, always or never", v)
 			}

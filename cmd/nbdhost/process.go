@@ -71,13 +71,28 @@ func startAgain(cmd *exec.Cmd, args []string, hide *secrets, fds ...int) error {
 		cmd.Env = append(cmd.Env, argumentsVariable+"="+strconv.Itoa(fd))
 		fds = append(fds, fd)
 	}
+	defer keepBack(fds)
+	if err := passOn(fds); err != nil {
+		return err
+	}
+	return cmd.Start()
+}
+
+// passOn leaves descriptors open in programs that are executed.
+func passOn(fds []int) error {
 	for _, fd := range fds {
 		if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETFD, 0); err != nil {
 			return fmt.Errorf("pass on descriptor %d: %w", fd, err)
 		}
-		defer unix.CloseOnExec(fd)
 	}
-	return cmd.Start()
+	return nil
+}
+
+// keepBack undoes passOn.
+func keepBack(fds []int) {
+	for _, fd := range fds {
+		unix.CloseOnExec(fd)
+	}
 }
 
 // nameProcess gives the process the name of the program as it was called, which it has unless

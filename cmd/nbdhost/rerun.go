@@ -6,8 +6,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-
-	"golang.org/x/sys/unix"
 )
 
 // nbdkit's vddk plugin runs the program again while it is configured, in the same process, with
@@ -31,8 +29,7 @@ func runsAgain(args []string) bool {
 var environment = os.Environ()
 
 // handoverVariables are those that are hidden from modules and the programs that they run.
-var handoverVariables = []string{argsVariable, readyVariable, superviseVariable,
-	"LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"}
+var handoverVariables = slices.Concat([]string{argsVariable, readyVariable, superviseVariable}, listenVariables, notifyVariables)
 
 // handBack shows the variables again, and leaves the descriptors that they name open.
 func handBack(fds []int) error {
@@ -45,12 +42,7 @@ func handBack(fds []int) error {
 			return fmt.Errorf("set %s again: %w", name, err)
 		}
 	}
-	for _, fd := range fds {
-		if _, err := unix.FcntlInt(uintptr(fd), unix.F_SETFD, 0); err != nil {
-			return fmt.Errorf("keep descriptor %d open: %w", fd, err)
-		}
-	}
-	return nil
+	return passOn(fds)
 }
 
 // takeBack hides everything, where the plugin is not going to run the program again any more.
@@ -62,9 +54,7 @@ func (o *options) takeBack(start *starter) {
 	for _, name := range handoverVariables {
 		os.Unsetenv(name)
 	}
-	for _, fd := range handedOver(o, start) {
-		unix.CloseOnExec(fd)
-	}
+	keepBack(handedOver(o, start))
 	o.secrets.hideArguments(os.Args)
 }
 

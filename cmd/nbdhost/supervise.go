@@ -123,7 +123,6 @@ type supervisor struct {
 // supervise runs the program again as a server, until that ends as it should.
 func supervise(o *options, args []string, start *starter, stdout io.Writer, out *logHandler) (code int, err error) {
 	log := slog.New(out)
-	defer func() { err = out.report(err) }()
 	unix.Umask(0o022) // as in serve
 	if o.log != logDefault {
 		if err := out.logTo(o.log); err != nil {
@@ -224,23 +223,15 @@ func (s *supervisor) run() (int, error) {
 	failed := 0
 	for {
 		c, err := s.startServer()
-		if err != nil && !s.served {
-			return 1, err
-		}
 		status, how := 1, ""
-		if err != nil { // there may be no process, memory or descriptor free
-			c = &serverProcess{}
-			how = "server process: " + err.Error()
-		} else {
+		switch {
+		case err == nil:
 			s.watch(c)
-			var text string
-			if status, text = exitStatus(c.cmd.ProcessState); text == "" {
-				text = fmt.Sprintf("exited with status %d", status)
-			}
-			how = fmt.Sprintf("server process %d %s", c.cmd.Process.Pid, text)
-			if c.err != "" {
-				how += ": " + c.err
-			}
+			status, how = c.end()
+		case s.served: // there may be no process, memory or descriptor free
+			c, how = &serverProcess{}, "server process: "+err.Error()
+		default:
+			return 1, err
 		}
 		switch {
 		case s.failure != nil:
@@ -321,6 +312,19 @@ type serverProcess struct {
 	ready    time.Time // when it began to serve; zero: it has not
 	stopping bool      // it stops, and means to
 	err      string    // why it could not serve
+}
+
+// end returns the status of a server that has exited, and says how it did.
+func (c *serverProcess) end() (status int, how string) {
+	status, text := exitStatus(c.cmd.ProcessState)
+	if text == "" {
+		text = fmt.Sprintf("exited with status %d", status)
+	}
+	how = fmt.Sprintf("server process %d %s", c.cmd.Process.Pid, text)
+	if c.err != "" {
+		how += ": " + c.err
+	}
+	return status, how
 }
 
 func (s *supervisor) startServer() (_ *serverProcess, err error) {
