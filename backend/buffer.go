@@ -2,6 +2,7 @@ package backend
 
 import (
 	"math/bits"
+	"slices"
 	"sync"
 
 	"golang.org/x/sys/unix"
@@ -11,11 +12,10 @@ import (
 // be given it without the checks that cgo makes on Go's pointers. It has one
 // owner at a time, who calls Release.
 type Buffer struct {
-	B       []byte // as long as its size class, at least what was asked for
-	class   int
-	owner   uint64 // who claimed it last; 0 where somebody has used it without
-	clean   int    // behind it lies what others have left
-	claimed bool   // since GetBuffer
+	B     []byte // as long as its size class, at least what was asked for
+	class int
+	owner uint64 // whose it is or was last; 0 where nobody has said
+	clean int    // behind it lies what others than owner have left
 }
 
 const (
@@ -26,6 +26,8 @@ const (
 	// The class is emptied last in, first out: what was used last is still in
 	// the processor's cache.
 	keptBytes = 16 << 20
+	// An owner gets one of the last that had it back, if there is one: there is less to clear.
+	lookBack = 16
 )
 
 type bufferClass struct {
@@ -54,9 +56,12 @@ func classOf(n int) int {
 }
 
 // GetBuffer returns a buffer of at least n bytes; n is at most 128 MiB. Its
-// content is whatever the last owner left there: see Claim. An error means that the system
+// content is whatever the last owner left there. An error means that the system
 // has no memory left.
-func GetBuffer(n int) (*Buffer, error) {
+func GetBuffer(n int) (*Buffer, error) { return GetBufferFor(0, n) }
+
+// GetBufferFor is GetBuffer for an owner, which is not 0: see [Buffer.Claim].
+func GetBufferFor(owner uint64, n int) (*Buffer, error) {
 	class := classOf(n)
 	if class >= len(bufferClasses) {
 		return nil, unix.ENOMEM
@@ -64,32 +69,45 @@ func GetBuffer(n int) (*Buffer, error) {
 	c := &bufferClasses[class]
 	c.mu.Lock()
 	c.inUse++
-	if i := len(c.free) - 1; i >= 0 {
-		b := c.free[i]
-		c.free = c.free[:i]
-		c.mu.Unlock()
-		return b, nil
-	}
+	b := c.take(owner)
 	c.mu.Unlock()
-	m, err := unix.Mmap(-1, 0, classSize(class), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
-	if err != nil {
-		c.mu.Lock()
-		c.inUse--
-		c.mu.Unlock()
-		return nil, err
+	if b == nil {
+		m, err := unix.Mmap(-1, 0, classSize(class), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON)
+		if err != nil {
+			c.mu.Lock()
+			c.inUse--
+			c.mu.Unlock()
+			return nil, err
+		}
+		return &Buffer{B: m, class: class, owner: owner, clean: len(m)}, nil
 	}
-	return &Buffer{B: m, class: class, clean: len(m)}, nil
+	if b.owner != owner {
+		b.owner, b.clean = owner, 0
+	}
+	return b, nil
 }
 
-// Claim makes the first n bytes free of what others than owner have left there. It comes before they
-// are used, and owner is the same until Release.
-func (b *Buffer) Claim(owner uint64, n int) {
-	if b.claimed = true; b.owner != owner {
-		if b.owner != 0 {
-			b.clean = 0
-		}
-		b.owner = owner
+// take takes a free buffer, the best there is for owner; nil if there is none. mu is held.
+func (c *bufferClass) take(owner uint64) *Buffer {
+	last := len(c.free) - 1
+	if last < 0 {
+		return nil
 	}
+	best := last
+	for i := last; i >= max(0, last-lookBack+1); i-- {
+		if c.free[i].owner == owner {
+			best = i
+			break
+		}
+	}
+	b := c.free[best]
+	c.free = slices.Delete(c.free, best, best+1)
+	return b
+}
+
+// Claim makes the first n bytes of an owner's buffer free of what others have left there. It
+// comes before they are used.
+func (b *Buffer) Claim(n int) {
 	if n > b.clean {
 		clear(b.B[b.clean:n])
 		b.clean = n
@@ -101,10 +119,6 @@ func (b *Buffer) Release() {
 	if b == nil {
 		return
 	}
-	if !b.claimed {
-		b.owner, b.clean = 0, 0
-	}
-	b.claimed = false
 	c := &bufferClasses[b.class]
 	c.mu.Lock()
 	c.inUse--

@@ -71,6 +71,52 @@ func TestBufferReuse(t *testing.T) {
 	}
 }
 
+// An owner gets back what it had, where it is one of the last, with what it left there; another
+// one gets it without that.
+func TestBufferOwner(t *testing.T) {
+	const n = 100
+	get := func(owner uint64) *Buffer {
+		b, err := GetBufferFor(owner, 3<<20)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.Claim(n)
+		return b
+	}
+	ones, others := get(1), get(2)
+	ones.B[0], others.B[0] = 1, 2
+	ones.Release()
+	others.Release()
+	b := get(1)
+	if b != ones || b.B[0] != 1 {
+		t.Errorf("its owner got another one, or %d in it", b.B[0])
+	}
+	third := get(3)
+	if third != others || third.B[0] != 0 {
+		t.Errorf("got %d in a buffer that was another one's", third.B[0])
+	}
+	third.B[n] = 3
+	if third.Claim(n + 1); third.B[n] != 0 {
+		t.Errorf("got %d where nobody has claimed it", third.B[n])
+	}
+	b.B[0] = 1
+	b.Release()
+	third.Release()
+	if b, err := GetBuffer(3 << 20); err != nil {
+		t.Error(err)
+	} else {
+		b.B[0] = 4
+		b.Release()
+	}
+	for _, owner := range []uint64{1, 3} {
+		b := get(owner)
+		if b.B[0] == 4 {
+			t.Errorf("%d has what one without owner has left", owner)
+		}
+		defer b.Release()
+	}
+}
+
 func TestBufferInParallel(t *testing.T) {
 	var wg sync.WaitGroup
 	for i := range 4 {

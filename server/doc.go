@@ -20,7 +20,8 @@
 // connection last ends it.
 //
 // Calls that are short, or that the thread model serialises, run on that
-// goroutine. Short reads and writes in hand are carried out together (burst.go). Where calls
+// goroutine. Short reads and writes in hand are carried out together (burst.go). Long ones
+// are for workers where they gain by it (reader.ahead). Where calls
 // take long (pace.go) they go to workers, which are started when they are needed (worker.go),
 // and the runtime's monitor is kept awake, so that more of them can block than Go has
 // processors (procs.go). The last request in hand stays with the reader, if few calls are under

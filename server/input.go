@@ -280,6 +280,24 @@ func (in *input) shrink(last uint64) {
 	}
 }
 
+// part gives the buffer away with the first n bytes in hand. What lies behind them goes to
+// another one, which is as large: such requests come one after the other.
+func (in *input) part(n int) (p []byte, b *backend.Buffer, err error) {
+	rest := in.unread()[n:]
+	size := len(in.buf.B)
+	if size > keptSize {
+		size = max(inputSize, pageSize+len(rest))
+	}
+	next, err := backend.GetBuffer(size)
+	if err != nil {
+		return nil, nil, err
+	}
+	p, b, in.buf = in.unread()[:n], in.buf, next
+	in.rewind()
+	in.end += copy(next.B[in.start:], rest)
+	return p, b, nil
+}
+
 // handOver gives what is in hand to to, and leaves the buffer to the caller: a
 // call that is under way is using it.
 func (in *input) handOver(to *input) error {

@@ -77,3 +77,39 @@ func TestInputShrink(t *testing.T) {
 		in.release()
 	}
 }
+
+// What lies behind a part that is given away goes to another buffer, and to one as large if that
+// is not very large.
+func TestInputPart(t *testing.T) {
+	const kib, mib = 1 << 10, 1 << 20
+	for _, tt := range []struct{ room, n, behind, size int }{
+		{300 * kib, 256 * kib, 0, inputSize},
+		{300 * kib, 256 * kib, 28, inputSize},
+		{mib, mib, 0, mib + mib/2},
+		{2 * mib, mib, mib, 3 * mib},
+		{8 * mib, 8 * mib, 0, inputSize},
+	} {
+		var in input
+		in.init(&conn{})
+		in.room = tt.room
+		if err := in.makeRoom(); err != nil {
+			t.Fatal(err)
+		}
+		in.end += tt.n + tt.behind
+		part, behind := bytes.Repeat([]byte{'a'}, tt.n), bytes.Repeat([]byte{'b'}, tt.behind)
+		copy(in.unread(), part)
+		copy(in.unread()[tt.n:], behind)
+		p, b, err := in.part(tt.n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(p, part) || !bytes.Equal(in.unread(), behind) || in.buf == b {
+			t.Errorf("%+v: other bytes, or the same buffer", tt)
+		}
+		if len(in.buf.B) != tt.size {
+			t.Errorf("%+v: got another buffer of %d bytes", tt, len(in.buf.B))
+		}
+		b.Release()
+		in.release()
+	}
+}

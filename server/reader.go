@@ -272,9 +272,9 @@ func (r *reader) request() (gone bool, err error) {
 			r.c.giveBack(&r.held)
 			return false, err
 		}
-		if way == underGuard && r.more(int(payload)) {
-			return false, r.delegate(int(payload))
-		}
+	}
+	if way == underGuard && r.more(int(payload)) || way == byReader && r.ahead(int(payload)) {
+		return false, r.delegate(int(payload))
 	}
 	if way == underGuard || r.c.pace.slow.Load() {
 		r.sample()

@@ -36,11 +36,11 @@ func (b *batch) release() {
 
 // claim tells whether n more bytes can be added now. There is nothing of another
 // client's in them, for a module that leaves some of them as they are.
-func (b *batch) claim(owner uint64, n int) bool {
+func (b *batch) claim(n int) bool {
 	if b.buf == nil || b.end+n > len(b.buf.B) {
 		return false
 	}
-	b.buf.Claim(owner, b.end+n)
+	b.buf.Claim(b.end + n)
 	return true
 }
 
@@ -50,7 +50,7 @@ func (b *batch) grow(owner uint64, head, n int) error {
 	if b.buf == nil || pageSize+n > len(b.buf.B) {
 		b.buf.Release()
 		*b = batch{}
-		buf, err := backend.GetBuffer(pageSize + max(maxBatch, n))
+		buf, err := backend.GetBufferFor(owner, pageSize+max(maxBatch, n))
 		if err != nil {
 			return err
 		}
@@ -61,7 +61,7 @@ func (b *batch) grow(owner uint64, head, n int) error {
 		b.start = pageSize - head
 	}
 	b.end = b.start
-	b.claim(owner, n)
+	b.claim(n)
 	return nil
 }
 

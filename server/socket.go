@@ -27,6 +27,8 @@ type socket struct {
 	raw syscall.RawConn // of nc; nil where that has no descriptor
 	fd  int             // of own: the same socket, outside of the poller; -1 where nobody has asked
 
+	local bool // a Unix socket: what one side sends the kernel copies at once
+
 	resting bool // nc has the deadline of rest; of who has the connection
 }
 
@@ -47,7 +49,7 @@ func (s *socket) init(nc net.Conn) {
 	case *net.TCPConn:
 		sc = nc
 	case *net.UnixConn:
-		sc = nc
+		sc, s.local = nc, true
 	case Socket:
 		sc = nc
 	default:

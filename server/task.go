@@ -84,7 +84,7 @@ func (t *task) room(n int) error {
 
 // fits tells whether there is room for n bytes behind the replies that wait, and claims it.
 func (t *task) fits(n int) bool {
-	return (t.out.empty() || t.out.end-t.out.start+n <= t.batch) && t.out.claim(t.c.id, n)
+	return (t.out.empty() || t.out.end-t.out.start+n <= t.batch) && t.out.claim(n)
 }
 
 // replyHead is the size in bytes of what precedes the data in a read's reply.

@@ -1,6 +1,7 @@
 package server
 
 import (
+	"runtime"
 	"time"
 
 	"nbdhost/backend"
@@ -13,7 +14,8 @@ type job struct {
 	arrived time.Duration   // see task
 	tail    error           // see task
 	held    held            // see task
-	payload *backend.Buffer // of a write; the worker's
+	payload []byte          // of a write
+	memory  *backend.Buffer // it lies in; the worker's
 }
 
 // A way is how a request is carried out.
@@ -55,6 +57,29 @@ func (r *reader) way(payload int) way {
 	return underGuard
 }
 
+// aheadLength is from how many bytes on a read or write takes longer than it takes to hand it
+// over, however fast the module. Shorter payloads cost less to be copied than to lie in a
+// buffer of their own.
+const aheadLength = 256 << 10
+
+// ahead tells whether a worker should carry the request out, which is in hand with its payload,
+// so that the reader can go ahead with the next one: where both take their time, and no other
+// client keeps the processors busy.
+func (r *reader) ahead(payload int) bool {
+	c := r.c
+	workers := runtime.NumCPU()
+	switch {
+	case r.req.Length < aheadLength || workers == 1 || c.s.opts.Threads == 1 || !c.lane.Parallel():
+		return false
+	case r.req.Type == protocol.CmdRead:
+		workers-- // who receives what was read needs a processor as well
+	case r.req.Type != protocol.CmdWrite:
+		return false
+	}
+	return c.sock.local && c.secure == nil && c.s.watcher.active.Load() <= 1 && c.s.handed.Load() < int64(workers) &&
+		(r.more(payload) || readable(uintptr(c.sock.descriptor())))
+}
+
 // more tells whether there may be more requests of which the guard would not hear:
 // in hand behind the payload, or held by TLS.
 func (r *reader) more(payload int) bool {
@@ -65,18 +90,14 @@ func (r *reader) more(payload int) bool {
 func (r *reader) delegate(payload int) error {
 	j := job{req: r.req, tail: r.tail}
 	if payload > 0 {
-		b, err := backend.GetBuffer(payload)
-		if err != nil {
+		if err := r.receivePayload(&j, payload); err != nil {
 			r.c.giveBack(&r.held)
-			r.err = err
-			return r.reject(uint64(payload))
-		}
-		if err := r.receiveInto(b.B[:payload]); err != nil {
-			r.c.giveBack(&r.held)
-			b.Release()
 			return err
 		}
-		j.payload = b
+		if r.err != nil {
+			r.c.giveBack(&r.held)
+			return r.reject(uint64(payload))
+		}
 	}
 	j.arrived, j.held = r.arrived, r.held
 	r.held = held{}
@@ -99,6 +120,29 @@ func (r *reader) delegate(payload int) error {
 		return nil
 	}
 	c.jobs <- j // one is about to be free: it has given up its slot
+	return nil
+}
+
+// receivePayload gives j so many bytes, in hand or yet to come. An error ends the connection,
+// unless it is in r.err: then nothing is consumed.
+func (r *reader) receivePayload(j *job, n int) (err error) {
+	if n >= aheadLength {
+		if len(r.in.unread()) < n {
+			if err := r.wait(n); err != nil {
+				return err
+			}
+		}
+		j.payload, j.memory, err = r.in.part(n)
+		return err
+	}
+	if j.memory, r.err = backend.GetBuffer(n); r.err != nil {
+		return nil
+	}
+	j.payload = j.memory.B[:n]
+	if err := r.receiveInto(j.payload); err != nil {
+		j.memory.Release()
+		return err
+	}
 	return nil
 }
 
@@ -133,13 +177,9 @@ func (t *task) do(j job) {
 	c := t.c
 	t.req, t.arrived, t.tail, t.held = j.req, j.arrived, j.tail, j.held
 	if t.err = t.reserve(); t.err == nil {
-		var payload []byte
-		if j.payload != nil {
-			payload = j.payload.B[:j.req.Length]
-		}
-		t.long(payload)
+		t.long(j.payload)
 	}
-	j.payload.Release()
+	j.memory.Release()
 	if err := t.finish(); err != nil {
 		c.log.Error("send reply: " + err.Error() + "; closing the connection")
 		c.disconnect(true)
