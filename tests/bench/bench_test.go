@@ -38,7 +38,7 @@ func TestRun(t *testing.T) {
 		"qemu-img:file/read/2m/d8/c1/unix/f0", "start to first reply, --run", "resident memory",
 	}
 	var out bytes.Buffer
-	err := run([]string{"--nbdhost", "/usr/bin/nbdkit", "--rounds", "1", "--seconds", "0.2", "--copy", "16", "--doc", doc,
+	err := run([]string{"--nbdhost", "/usr/bin/nbdkit", "--patience", "0", "--rounds", "1", "--seconds", "0.2", "--copy", "16", "--doc", doc,
 		"--rows", "^(" + strings.Join(rows, "|") + ")$"}, &out, io.Discard)
 	if err != nil || strings.Contains(out.String(), "FAILED") {
 		t.Fatalf("%v\n%s", err, &out)
@@ -47,7 +47,7 @@ func TestRun(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, want := range []string{"before\n", "after\n", "`memory/read/4k/d1/c1/unix/f0` | nbdhost |", "|  | qemu-nbd |", "|  | floor |", "-depth-read.svg)", "\nRows of tlstcp: TLS 1.3 TLS_AES_128_GCM_SHA256.", "\nRows of psk: (TLS1.3", "resident memory, idle"} {
+	for _, want := range []string{"before\n", "after\n", "`memory/read/4k/d1/c1/unix/f0` | nbdhost |", "|  | qemu-nbd |", "|  | floor |", "-depth-read.svg)", "\nRows of tlstcp: TLS 1.3 TLS_AES_128_GCM_SHA256.", "\nRows of psk: (TLS1.3", "resident memory, idle", "\nThe host took more than 2 % of the processors away in "} {
 		if !strings.Contains(string(md), want) {
 			t.Errorf("%s: got no %q:\n%s", doc, want, md)
 		}
@@ -80,7 +80,7 @@ func TestRun(t *testing.T) {
 // A row that cannot be measured is told, and the others are measured.
 func TestFailure(t *testing.T) {
 	var out bytes.Buffer
-	err := run([]string{"--nbdhost", "/bin/false", "--rounds", "1", "--seconds", "0.02", "--rows", "^null/read/4k/d[18]/c1/unix/f0$"}, &out, io.Discard)
+	err := run([]string{"--nbdhost", "/bin/false", "--patience", "0", "--rounds", "1", "--seconds", "0.02", "--rows", "^null/read/4k/d[18]/c1/unix/f0$"}, &out, io.Discard)
 	if err == nil || strings.Count(out.String(), "FAILED: start nbdhost: exit status 1") != 2 || strings.Count(out.String(), "nbdkit") != 2 {
 		t.Errorf("got %v\n%s", err, &out)
 	}

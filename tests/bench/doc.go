@@ -16,7 +16,9 @@
 // All servers of a row run at the same time and are measured in turn, ROUNDS times
 // SECONDS each; in each round another one
 // begins. A ratio is the median over the rounds of nbdhost's figure divided by
-// the other server's of the same round. Without ROWS a selection of rows is
+// the other server's of the same round. A round in which the host of a virtual machine took more
+// than 2 % of the processors' time away (proc_stat(5), steal) is measured again after a rest of 5 s, for 10
+// minutes in all. Without ROWS a selection of rows is
 // measured, with ROWS those of all combinations that the expression matches;
 // -list prints their names.
 //
@@ -36,6 +38,7 @@
 //	servers.go  starts and stops the servers
 //	measure.go  one row
 //	clients.go  fio, nbdcopy and qemu-img
+//	steal.go    rounds that the host of a virtual machine disturbed
 //	single.go   figures that are no rows: start, memory, idle connections
 //	secure.go   keys and certificates for TLS
 //	report.go   tables; the part of docs/performance.md between its marks

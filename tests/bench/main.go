@@ -14,6 +14,7 @@ import (
 	"regexp"
 	"runtime"
 	"syscall"
+	"time"
 
 	"github.com/spf13/pflag"
 )
@@ -35,6 +36,7 @@ type bench struct {
 	copySize int
 
 	progress io.Writer
+	host     host
 	failed   bool // something about nbdhost could not be measured
 }
 
@@ -55,11 +57,12 @@ func main() {
 
 func run(args []string, stdout, stderr io.Writer) (err error) {
 	flags := pflag.NewFlagSet("bench", pflag.ContinueOnError)
-	b := &bench{port: 20000 + os.Getpid()%10000}
+	b := &bench{port: 20000 + os.Getpid()%10000, host: host{read: readTicks, rest: restTime}}
 	flags.StringVar(&b.nbdhost, "nbdhost", "bin/nbdhost", "the program to measure")
 	flags.IntVar(&b.rounds, "rounds", 5, "how often each server of a row is measured")
 	flags.Float64Var(&b.seconds, "seconds", 1, "how long each measurement takes")
 	flags.StringVar(&b.perf, "perf", "", "write a profile of nbdhost for each row into this directory (needs perf and strace)")
+	flags.DurationVar(&b.host.left, "patience", 10*time.Minute, "how long to spend in all on rounds that are measured again, since the host had taken the processors away")
 	copied := flags.Int("copy", 512, "the size of what nbdcopy, qemu-img and fio have before them, in MiB")
 	match := flags.String("rows", "", "measure the rows that match this regular expression, of all there are")
 	list := flags.Bool("list", false, "print the rows and exit")
@@ -127,7 +130,7 @@ func run(args []string, stdout, stderr io.Writer) (err error) {
 		rep.rows = append(rep.rows, res)
 		table.row(res)
 	}
-	table.legend(rep.rows)
+	table.legend(rep.rows, &b.host)
 	for i, s := range selected.singles {
 		if ctx.Err() != nil {
 			break

@@ -143,11 +143,12 @@ func (t *textTable) row(res *result) {
 	}
 }
 
-func (t *textTable) legend(rows []*result) {
+func (t *textTable) legend(rows []*result, h *host) {
 	if !t.begun {
 		return
 	}
 	fmt.Fprintln(t.w, "\nThe columns with × are nbdhost's figure divided by that of the line's server, median of the rounds.")
+	fmt.Fprintln(t.w, h)
 	for _, s := range suites(rows) {
 		fmt.Fprintln(t.w, s)
 	}
@@ -230,6 +231,7 @@ func (rep *report) write(path string) error {
 
 func (rep *report) markdown(w io.Writer) {
 	fmt.Fprintf(w, "\nMeasured on %s in %d rounds of %g s: %s.\n", rep.began.Format(time.DateOnly), rep.b.rounds, rep.b.seconds, rep.machine())
+	fmt.Fprintf(w, "\n%v\n", &rep.b.host)
 	met, missed, beyond := 0, 0, 0
 	tally := func(goal string) {
 		switch {
