@@ -13,6 +13,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"nbdhost/protocol"
 )
 
@@ -267,11 +269,12 @@ func (r *reader) request() (gone bool, err error) {
 	if way == byWorker {
 		return false, r.delegate(int(payload))
 	}
-	if have := len(r.in.unread()); uint64(have) < payload {
-		if err := r.wait(int(payload)); err != nil {
-			r.c.giveBack(&r.held)
-			return false, err
-		}
+	if err := r.receive(int(payload)); err != nil {
+		r.c.giveBack(&r.held)
+		return false, err
+	}
+	if r.err != nil {
+		return false, r.rejectForMemory(payload)
 	}
 	if way == underGuard && r.more(int(payload)) || way == byReader && r.ahead(int(payload)) {
 		return false, r.delegate(int(payload))
@@ -280,10 +283,8 @@ func (r *reader) request() (gone bool, err error) {
 		r.sample()
 		r.send() // what is ready need not wait for the call
 	}
-	if err := r.reserve(); err != nil {
-		r.c.giveBack(&r.held)
-		r.err = err
-		return false, r.reject(payload)
+	if r.err = r.reserve(); r.err != nil {
+		return false, r.rejectForMemory(payload)
 	}
 	p := r.in.unread()[:payload]
 	r.in.take(int(payload)) // before the call: what is in hand after it is the next reader's
@@ -291,6 +292,19 @@ func (r *reader) request() (gone bool, err error) {
 		return r.guarded(p)
 	}
 	return r.inline(p)
+}
+
+// receive waits until the n bytes of the payload are in hand. An error ends the connection,
+// unless it is in r.err: then there is no memory for them, and nothing is consumed.
+func (r *reader) receive(n int) error {
+	if len(r.in.unread()) >= n {
+		return nil
+	}
+	err := r.wait(n)
+	if err == unix.ENOMEM {
+		r.err, err = err, nil
+	}
+	return err
 }
 
 // truncate turns a read that begins within the export and ends beyond it into one
@@ -367,6 +381,13 @@ func (r *reader) reject(payload uint64) error {
 	return r.refuse()
 }
 
+// rejectForMemory is reject where there is no memory for the request.
+func (r *reader) rejectForMemory(payload uint64) error {
+	r.reportMemory()
+	r.c.giveBack(&r.held)
+	return r.reject(payload)
+}
+
 // guarded carries a request out on this goroutine that takes long.
 func (r *reader) guarded(payload []byte) (gone bool, err error) {
 	g := &r.c.s.guard
@@ -389,9 +410,9 @@ func (r *reader) inline(payload []byte) (gone bool, err error) {
 		// for them.
 		r.sample()
 		r.send()
-		if err := r.reserve(); err != nil {
-			r.c.giveBack(&r.held)
-			return false, err
+		if r.err = r.reserve(); r.err != nil {
+			r.reportMemory()
+			return false, r.finish()
 		}
 		r.takeTurn()
 	}

@@ -25,6 +25,12 @@ func (t *task) begin() {
 	}
 }
 
+// reportMemory logs that there is none for the request, which fails with t.err.
+func (t *task) reportMemory() {
+	t.call.Log.LogAttrs(context.Background(), slog.LevelError,
+		fmt.Sprintf("memory for %v of %d bytes: %v", t.req.Type, t.req.Length, t.err), t.attributes()...)
+}
+
 // report logs that the request has failed with err, if it has, and that it was slow.
 func (t *task) report(err error) {
 	log := t.call.Log

@@ -95,8 +95,7 @@ func (r *reader) delegate(payload int) error {
 			return err
 		}
 		if r.err != nil {
-			r.c.giveBack(&r.held)
-			return r.reject(uint64(payload))
+			return r.rejectForMemory(uint64(payload))
 		}
 	}
 	j.arrived, j.held = r.arrived, r.held
@@ -125,15 +124,13 @@ func (r *reader) delegate(payload int) error {
 
 // receivePayload gives j so many bytes, in hand or yet to come. An error ends the connection,
 // unless it is in r.err: then nothing is consumed.
-func (r *reader) receivePayload(j *job, n int) (err error) {
+func (r *reader) receivePayload(j *job, n int) error {
 	if n >= aheadLength {
-		if len(r.in.unread()) < n {
-			if err := r.wait(n); err != nil {
-				return err
-			}
+		if err := r.receive(n); err != nil || r.err != nil {
+			return err
 		}
-		j.payload, j.memory, err = r.in.part(n)
-		return err
+		j.payload, j.memory, r.err = r.in.part(n)
+		return nil
 	}
 	if j.memory, r.err = backend.GetBuffer(n); r.err != nil {
 		return nil
@@ -178,6 +175,8 @@ func (t *task) do(j job) {
 	t.req, t.arrived, t.tail, t.held = j.req, j.arrived, j.tail, j.held
 	if t.err = t.reserve(); t.err == nil {
 		t.long(j.payload)
+	} else {
+		t.reportMemory()
 	}
 	j.memory.Release()
 	if err := t.finish(); err != nil {

@@ -3,10 +3,13 @@ package tests
 import (
 	"fmt"
 	"math"
+	"os"
 	"slices"
 	"strings"
 	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"nbdhost/protocol"
 )
@@ -70,6 +73,59 @@ func TestErrorNumbers(t *testing.T) {
 				})
 			}
 		}
+	}
+}
+
+// TestNoMemory: a request for which there is no memory fails, and those after it are served.
+func TestNoMemory(t *testing.T) {
+	t.Parallel()
+	if raceEnabled || asanEnabled {
+		t.Skip("the server's own memory is limited, and the detector needs it")
+	}
+	const size = protocol.MaxRequestLength
+	payload := make([]byte, size)
+	compare(t, scenario{
+		args: []string{"-t", "1", "null", "128M"}, // nbdkit ends where it has no memory for its threads
+		client: func(t *testing.T, s *server) string {
+			c := s.hello(false)
+			c.pwrite(1, 0, payload[:4096]...)
+			c.want(1, 0)
+			s.limitMemory(size / 2)
+			var all strings.Builder
+			ask := func(cookie uint64) {
+				got := c.next()
+				fmt.Fprintf(&all, "%d: got %v for %d\n", cookie, got.errno, got.cookie)
+			}
+			c.pwrite(2, 0, payload...)
+			ask(2)
+			c.read(3, 0, size)
+			ask(3)
+			c.pwrite(4, 0, payload[:4096]...)
+			ask(4)
+			c.disc()
+			c.wantEOF()
+			if told := strings.Count(strings.ToLower(s.stderr()), "cannot allocate memory"); told != 2 {
+				t.Errorf("%s spoke %d times of a lack of memory, need 2:\n%s", s.program, told, s.stderr())
+			}
+			return all.String()
+		},
+	})
+}
+
+// limitMemory makes n bytes the most that the server can have besides those it has.
+func (s *server) limitMemory(n uint64) {
+	s.t.Helper()
+	var pages uint64
+	statm, err := os.ReadFile(fmt.Sprintf("/proc/%d/statm", s.pid))
+	if err == nil {
+		_, err = fmt.Sscan(string(statm), &pages)
+	}
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	most := pages*uint64(os.Getpagesize()) + n
+	if err := unix.Prlimit(s.pid, unix.RLIMIT_AS, &unix.Rlimit{Cur: most, Max: most}, nil); err != nil {
+		s.t.Fatal(err)
 	}
 }
 
